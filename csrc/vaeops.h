@@ -1,0 +1,116 @@
+// Every kernel launcher of vaeops. No torch here: raw pointers, sizes and strides; the stream (or the CPU's parallel
+// loop) comes last.
+//
+// Letters: n elements of the call in logical (row-major) order, R batch rows, S noise streams, P elements of a prior.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace vaeops {
+
+enum class Dtype : int32_t { f32, bf16, f16, f64 };
+enum class Param : int32_t { logvar, logstd, std };  // what rho and the prior's rho are
+// Order of vaeops.ref.gaussian.REDUCTIONS; off: the KL is not wanted.
+enum class Reduction : int32_t { off = -1, none, dim, sample, batchmean, mean, sum };
+
+constexpr int kMaxDims = 8;
+
+// The logical shape that all operands of a call share, adjacent dims merged where every operand allows it.
+// The batch dims come first; `rows` of them hold `n / rows` elements each.
+struct Shape {
+  int32_t ndim;
+  int64_t size[kMaxDims];
+  int64_t n;     // elements
+  int64_t rows;  // R: product of the batch dims (1 when there are none)
+};
+
+// One tensor read or written through a Shape. Strides are in elements; 0 where the tensor is broadcast.
+struct Operand {
+  void* data = nullptr;  // null: the operand is absent
+  Dtype dtype = Dtype::f32;
+  bool linear = false;  // element i lies at data[i]
+  int64_t stride[kMaxDims] = {};
+};
+
+// Noise of the call: S streams of n / S elements each, seed (key, offset) per stream.
+struct Noise {
+  const int64_t* seed = nullptr;  // [S, 2]; null: the noise is `eps`, or none is drawn
+  int64_t streams = 0;            // S
+};
+
+// What both directions of the Gaussian step read. mu and rho share a dtype T; C is fp64 when T is, else fp32.
+struct Gaussian {
+  Shape shape;
+  Operand mu, rho;              // T
+  Operand prior_mu, prior_rho;  // any floating dtype, broadcast; absent: N(0, I)
+  Operand eps;                  // any floating dtype; absent: drawn from `noise`, or no sample is wanted
+  Noise noise;
+  Param param = Param::logvar;
+  bool clamped = false;
+  double clamp_lo = 0, clamp_hi = 0;  // of rho
+  double temperature = 1;
+  Reduction reduction = Reduction::off;
+};
+
+struct GaussianForward : Gaussian {
+  Operand z;  // T; absent: no sample
+  void* kl;   // C, contiguous: [n], [n / R], [R] or [] by `reduction`; unused when off
+};
+
+struct GaussianBackward : Gaussian {
+  Operand gz;                     // T; absent: no gradient reaches z
+  Operand gkl;                    // C, in the reduced shape, broadcast; absent: no gradient reaches the KL
+  Operand gmu, grho;              // T
+  void *gprior_mu, *gprior_rho;   // C, contiguous [P], fully written; null: not wanted
+  int64_t prior_stride[kMaxDims];  // of both, 0 where the prior is broadcast
+  int64_t prior_n;                // P
+};
+
+// log N(x; mu, sigma^2). x, mu, rho, gx, gmu, grho share T.
+struct LogProb {
+  Shape shape;
+  Operand x, mu, rho;
+  Param param = Param::logvar;
+  Reduction reduction = Reduction::sample;
+};
+
+struct LogProbForward : LogProb {
+  void* out;  // C, contiguous, by `reduction`
+};
+
+struct LogProbBackward : LogProb {
+  Operand grad;  // C, in the reduced shape, broadcast
+  Operand gx, gmu, grho;
+};
+
+// 1 / (what the reduction divides by); 1 for empty input, so that zero rows give a zero loss.
+inline double reduction_scale(Reduction reduction, const Shape& shape) {
+  const int64_t count = reduction == Reduction::dim || reduction == Reduction::batchmean ? shape.rows
+                        : reduction == Reduction::mean                                   ? shape.n
+                                                                                         : 1;
+  return 1.0 / static_cast<double>(count > 0 ? count : 1);
+}
+
+// Runs body(context, begin, end) over disjoint ranges that cover [0, n), on any number of threads, and returns when all
+// are done.
+using ParallelFor = void (*)(int64_t n, void (*body)(void* context, int64_t begin, int64_t end), void* context);
+
+namespace cpu {
+
+void gaussian_forward(const GaussianForward& call, ParallelFor parallel);
+void gaussian_backward(const GaussianBackward& call, ParallelFor parallel);
+void log_prob_forward(const LogProbForward& call, ParallelFor parallel);
+void log_prob_backward(const LogProbBackward& call, ParallelFor parallel);
+void normal(float* out /* [S, n / S] */, int64_t n, Noise noise, ParallelFor parallel);
+// child[i] = fold_in(seed[i or 0], index[i or 0]); see vaeops/ref/rng.py
+void fold_in(const int64_t* seed /* [M or 1, 2] */, int64_t seed_stride, const int64_t* index /* [M or 1] */,
+             int64_t index_stride, int64_t* child /* [M, 2] */, int64_t m);
+
+// Instruction set: the best that the machine has, unless a test asked for a lesser one.
+enum class Isa : int32_t { scalar, avx2, avx512 };
+Isa best_isa();
+Isa isa();
+bool set_isa(Isa wanted);  // false when the machine lacks it
+
+}  // namespace cpu
+}  // namespace vaeops

@@ -1,0 +1,18 @@
+"""Fused kernels for variational autoencoders: reparameterize + KL, on CPU, Triton and CUDA, behind PyTorch autograd."""
+
+from . import _native
+
+_native.load()
+
+from . import rng as rng  # noqa: E402
+from ._info import info as info  # noqa: E402
+from .ops.gaussian import (  # noqa: E402
+    LatentOutput as LatentOutput,
+    gaussian_kl as gaussian_kl,
+    gaussian_log_prob as gaussian_log_prob,
+    reparam_kl as reparam_kl,
+    reparam_kl_packed as reparam_kl_packed,
+    reparameterize as reparameterize,
+)
+
+__version__ = "0.1.0"

@@ -1,0 +1,82 @@
+"""The operator library: schemas, fakes, and which kernel serves an op on which device.
+
+Every low-level op is defined once as `vaeops::<name>`, served by the best kernel of the device that its tensors are on,
+and once per implementation as an overload (`vaeops::<name>.ref`, `.cpp`, `.triton`, `.cuda`) that `impl=` selects.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+
+from .. import _native
+
+IMPLS = ("ref", "cpp", "triton", "cuda")
+
+library = torch.library.Library("vaeops", "DEF")
+names: list[str] = []
+
+
+def define(name: str, signature: str, *, fake: Callable, ref: Callable, triton: Callable) -> None:
+    """Register `vaeops::name(signature)`. C++ and CUDA kernels attach themselves when their library is loaded.
+
+    `triton` is called only when a Triton kernel has to run, so it may import Triton.
+    """
+    names.append(name)
+    for overload in ("", *IMPLS):
+        qualified = f"{name}.{overload}" if overload else name
+        library.define(qualified + signature, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"vaeops::{qualified}", fake, lib=library)
+    library.impl(name, ref, "CompositeExplicitAutograd")
+    library.impl(f"{name}.ref", ref, "CompositeExplicitAutograd")
+    # Triton's interpreter runs kernels on CPU tensors; it takes the place of a GPU in tests and serves `impl="triton"` only.
+    library.impl(f"{name}.triton", triton, "CPU" if _interpreting() else "CUDA")
+    if serving("cuda") == "triton":
+        library.impl(name, triton, "CUDA")
+
+
+def overloads(name: str) -> dict[str | None, torch._ops.OpOverload]:
+    """{None: the device's best, "ref": ..., ...}"""
+    packet = getattr(torch.ops.vaeops, name)
+    return {None: packet.default} | {impl: getattr(packet, impl) for impl in IMPLS}
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(impl: str, device_type: str) -> str | None:
+    """Why `impl` cannot run on such a device here; None when it can."""
+    if impl == "ref":
+        return None
+    if impl == "cpp":
+        return "runs on CPU tensors only" if device_type != "cpu" else _native.why_not("_ops_cpu")
+    if impl == "cuda":
+        return "runs on CUDA tensors only" if device_type != "cuda" else _native.why_not("_ops_cuda")
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if _interpreting():
+        return None if device_type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
+    if device_type != "cuda":
+        return "runs on CUDA tensors only (on CPU tensors under TRITON_INTERPRET=1)"
+    return "not tested on ROCm" if torch.version.hip else None
+
+
+def serving(device_type: str) -> str:
+    """The implementation that serves a device when none is forced: CUDA C++ before Triton, native before reference."""
+    for impl in ("cpp", "cuda", "triton") if not _interpreting() else ("cpp", "cuda"):
+        if why_not(impl, device_type) is None:
+            return impl
+    return "ref"
+
+
+def check_impl(op: str, impl: str | None, device_type: str) -> None:
+    if impl is None:
+        return
+    if impl not in IMPLS:
+        raise ValueError(f"{op}: impl must be None or one of {IMPLS}, got {impl!r}")
+    reason = why_not(impl, device_type)
+    if reason is not None:
+        others = "; ".join(f"{i}: {why_not(i, device_type) or 'can run'}" for i in IMPLS if i != impl)
+        raise ValueError(f"{op}: impl={impl!r} cannot run on {device_type} tensors here: {reason} ({others})")
