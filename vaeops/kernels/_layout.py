@@ -13,7 +13,7 @@ from ._tile import ALL, COLUMNS, NONE, ROWS
 
 # Kernel arguments that change from batch to batch: Triton must not compile anew for their values.
 FIXED = (
-    "rows", "cols", "length", "chunks", "tiles", "group_tiles", "scale", "clamp_lo", "clamp_hi", "temperature",
+    "rows", "cols", "per_stream", "chunks", "tiles", "group_tiles", "scale", "clamp_lo", "clamp_hi", "temperature",
 )  # fmt: skip
 
 Strides = tuple[int, ...]
@@ -161,8 +161,8 @@ class Launch(NamedTuple):
     grid: tuple[int]
     seed: Tensor | None
     strides: tuple[tuple[int | None, ...] | None, ...]  # of the operands, then the sizes of the view
-    sizes: tuple[int, ...]  # rows, cols, length, chunks, tiles, group_tiles
-    constants: tuple[int, ...]  # AXIS, ALIGNED, ONE_STREAM, QUADS, R, C
+    sizes: tuple[int, ...]  # rows, cols, per_stream, chunks, tiles, group_tiles
+    constants: tuple[int, ...]  # AXIS, WIDE, ALIGNED, ONE_STREAM, QUADS, R, C
     groups: int
     partials: int  # elements
 
@@ -197,8 +197,8 @@ def plan(like: Tensor, operands: dict[str, Strides], names: tuple[str, ...], sum
         grid=(groups * chunks,),
         seed=None if seed is None else seed.contiguous(),
         strides=(*(by_name.get(name) for name in names), v.sizes),
-        sizes=(v.rows, v.cols, length, chunks, tiles, group_tiles),
-        constants=(sums.axis, v.cols % 16 == 0, streams == 1, quads, v.R, v.C),
+        sizes=(v.rows, v.cols, length // v.cols if quads else length, chunks, tiles, group_tiles),
+        constants=(sums.axis, v.rows * v.cols >= 1 << 31, v.cols % 16 == 0, streams == 1, quads, v.R, v.C),
         groups=groups,
         partials=chunks * (v.cols if sums.axis == COLUMNS.value else groups),
     )

@@ -20,39 +20,46 @@ COLUMNS = tl.constexpr(3)
 
 
 @triton.jit
-def tile_coordinates(group, inner, rows, cols, group_tiles, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """row [R, 1], col [1, C], where they are inside, and the first column: of tile `inner` of a group. int64."""
-    col_blocks = (cols + C - 1) // C
+def tile_at(group, inner, rows, cols, group_tiles, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Tile `inner` of a group: (row [R, 1], col [1, C], inside rows, inside cols, cols), and its first column. int64.
+
+    Tiles are counted in 32 bits (2^31 of them are more elements than any memory holds); 64-bit division is slow.
+    """
+    col_blocks = ((cols + C - 1) // C).to(tl.int32)
     if AXIS == COLUMNS:
         row_block, col_block = inner, group
     else:
         tile = group * group_tiles + inner
         row_block, col_block = tile // col_blocks, tile % col_blocks
-    first_col = col_block * C
-    row = row_block * R + tl.arange(0, R)[:, None]
+    first_col = col_block.to(tl.int64) * C
+    row = row_block.to(tl.int64) * R + tl.arange(0, R)[:, None]
     col = first_col + tl.arange(0, C)[None, :]
-    return row, col, (row < rows) & (inner < group_tiles), col < cols, first_col
+    return (row, col, (row < rows) & (inner < group_tiles), col < cols, cols), first_col
 
 
 @triton.jit
-def offset(row, col, cols, sizes, strides):
-    """Offset [R, C] of the logical element (row, col): its index taken apart along the merged dims, outermost first."""
+def offset(tile, sizes, strides, WIDE: tl.constexpr):
+    """Offset [R, C] of the logical elements of a tile: their index taken apart along the merged dims, outermost first."""
+    row, col, _, _, cols = tile
     rest = row * cols + col
-    total = rest * 0
+    if not WIDE:
+        rest = rest.to(tl.int32)
+    total = tl.zeros(rest.shape, tl.int64)
     for d in tl.static_range(len(strides) - 1, 0, -1):
         if strides[d] is not None:
-            total += rest % sizes[d - 1] * strides[d]
+            total += (rest % sizes[d - 1]).to(tl.int64) * strides[d]
         rest = rest // sizes[d - 1]
     if strides[0] is not None:
-        total += rest * strides[0]
+        total += rest.to(tl.int64) * strides[0]
     return total
 
 
 @triton.jit
-def load(pointer, row, col, row_ok, col_ok, cols, sizes, strides):
+def load(pointer, tile, sizes, strides, WIDE: tl.constexpr):
     """An operand on the tile: [R, C], or [R, 1], [1, C] or a scalar where it is broadcast."""
+    row, col, row_ok, col_ok, _ = tile
     if sizes is not None:
-        value = tl.load(pointer + offset(row, col, cols, sizes, strides), mask=row_ok & col_ok)
+        value = tl.load(pointer + offset(tile, sizes, strides, WIDE), mask=row_ok & col_ok)
     elif strides[0] is not None:
         if strides[1] is not None:
             value = tl.load(pointer + row * strides[0] + col * strides[1], mask=row_ok & col_ok)
@@ -66,10 +73,11 @@ def load(pointer, row, col, row_ok, col_ok, cols, sizes, strides):
 
 
 @triton.jit
-def store(pointer, value, row, col, row_ok, col_ok, cols, sizes, strides):
+def store(pointer, value, tile, sizes, strides, WIDE: tl.constexpr):
     """The transpose of `load` for an operand that is not broadcast."""
+    row, col, row_ok, col_ok, _ = tile
     if sizes is not None:
-        tl.store(pointer + offset(row, col, cols, sizes, strides), value, mask=row_ok & col_ok)
+        tl.store(pointer + offset(tile, sizes, strides, WIDE), value, mask=row_ok & col_ok)
     elif strides[0] is not None:
         tl.store(pointer + row * strides[0] + col * strides[1], value, mask=row_ok & col_ok)
     else:
@@ -90,7 +98,7 @@ def store_sum(total, out, partial, group, chunk, chunks, cols, scale,
         else:
             tl.store(partial + group * chunks + chunk, value)
     else:
-        col = group * C + tl.arange(0, C)
+        col = group.to(tl.int64) * C + tl.arange(0, C)
         value = tl.sum(total, axis=0)
         if chunks == 1:
             tl.store(out + col, value * scale, mask=col < cols)
@@ -118,14 +126,14 @@ def collect(out, partial, group, chunks, cols, scale, AXIS: tl.constexpr, R: tl.
             total += tl.load(partial + group * chunks + at, mask=at < chunks, other=0.0, cache_modifier=".cg")
         tl.store(out + group, tl.sum(total, axis=0) * scale)
     else:
-        col = group * C + tl.arange(0, C)[None, :]
+        col = group.to(tl.int64) * C + tl.arange(0, C)[None, :]
         total = tl.zeros([R, C], partial.dtype.element_ty)
         for first in range(0, chunks, R):
             at = first + tl.arange(0, R)[:, None]
             ok = (at < chunks) & (col < cols)
             total += tl.load(partial + at * cols + col, mask=ok, other=0.0, cache_modifier=".cg")
         value = tl.sum(total, axis=0)
-        col = group * C + tl.arange(0, C)
+        col = group.to(tl.int64) * C + tl.arange(0, C)
         tl.store(out + col, value * scale, mask=col < cols)
 
 
@@ -133,3 +141,12 @@ def collect(out, partial, group, chunks, cols, scale, AXIS: tl.constexpr, R: tl.
 def release(ticket, group):
     """Leaves the ticket as it was found, for the next launch on this stream."""
     tl.store(ticket + group, 0)
+
+
+@triton.jit
+def aligned(cols, ALIGNED: tl.constexpr):
+    """cols, in a form that shows the compiler that it is a multiple of 16 where it is: it then loads 16 bytes at a time.
+
+    It takes no notice of tl.multiple_of on a kernel argument.
+    """
+    return cols // 16 * 16 if ALIGNED else cols

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _layout as layout
-from ._tile import NONE, tile_coordinates
+from ._tile import NONE, aligned, tile_at
 
 FOLD_TAG = tl.constexpr(-(1 << 63))  # top bit of the fourth counter word: see vaeops/ref/rng.py
 
@@ -75,29 +75,28 @@ def box_muller(a, b):
 
 
 @triton.jit
-def normal_tile(seed, row, first_col, row_ok, cols, length,
-                ONE_STREAM: tl.constexpr, QUADS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """Normals [R, C] of rows `row` [R, 1] and columns first_col ... of a view with `cols` columns.
+def normal_tile(seed, tile, first_col, per_stream, ONE_STREAM: tl.constexpr, QUADS: tl.constexpr,
+                R: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """Normals [R, C] of a tile (see tile_at).
 
-    length: elements of a stream. QUADS: every row of the tile begins a Philox block and lies in one stream, so all four
-    lanes of a block are used. Otherwise each element makes its own block and takes its lane.
+    QUADS: every row of the tile begins a Philox block and lies in one stream, so all four lanes of a block are used;
+    `per_stream` is in rows. Otherwise each element makes its own block and takes its lane; `per_stream` is in elements.
     """
-    col = first_col + tl.arange(0, C)[None, :]
+    row, col, row_ok, col_ok, cols = tile
     if QUADS:
-        per_stream = length // cols  # rows
-        stream = row // per_stream
-        quad = (row - stream * per_stream) * (cols // 4) + (first_col // 4 + tl.arange(0, C // 4)[None, :])
-        seed_ok = row_ok
+        place, ok = row, row_ok
     else:
-        index = row * cols + col
-        stream = index // length
-        within = index - stream * length
-        quad = within // 4
-        seed_ok = row_ok & (col < cols)
+        place, ok = row * cols + col, row_ok & col_ok
     if ONE_STREAM:
         key, offset = tl.load(seed), tl.load(seed + 1)
     else:
-        key, offset = tl.load(seed + 2 * stream, mask=seed_ok), tl.load(seed + 2 * stream + 1, mask=seed_ok)
+        stream = place // per_stream
+        place -= stream * per_stream
+        key, offset = tl.load(seed + 2 * stream, mask=ok), tl.load(seed + 2 * stream + 1, mask=ok)
+    if QUADS:
+        quad = place * (cols // 4) + (first_col // 4 + tl.arange(0, C // 4)[None, :])
+    else:
+        quad = place // 4
     counter = offset + quad  # wraps modulo 2^64
     w0, w1, w2, w3 = philox(key, counter, counter * 0)
     if QUADS:
@@ -105,9 +104,9 @@ def normal_tile(seed, row, first_col, row_ok, cols, length,
         n2, n3 = box_muller(w2, w3)
         return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [R, C])
     else:
-        second = (within & 2) != 0
+        second = (place & 2) != 0
         n0, n1 = box_muller(tl.where(second, w2, w0), tl.where(second, w3, w1))
-        return tl.where((within & 1) != 0, n1, n0)
+        return tl.where((place & 1) != 0, n1, n0)
 
 
 @triton.jit(do_not_specialize=layout.FIXED)
@@ -117,11 +116,10 @@ def normal_kernel(
     rows: tl.int64, cols: tl.int64,
     ALIGNED: tl.constexpr, ONE_STREAM: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    if ALIGNED:
-        cols = tl.multiple_of(cols, 16)
-    tile = tl.program_id(0).to(tl.int64)
-    row, col, row_ok, col_ok, first_col = tile_coordinates(tile, 0, rows, cols, 1, NONE, R, C)
-    value = normal_tile(seed, row, first_col, row_ok, cols, cols, ONE_STREAM, True, R, C)
+    cols = aligned(cols, ALIGNED)
+    tile, first_col = tile_at(tl.program_id(0), 0, rows, cols, 1, NONE, R, C)
+    row, col, row_ok, col_ok, _ = tile
+    value = normal_tile(seed, tile, first_col, 1, ONE_STREAM, True, R, C)
     tl.store(out + row * cols + col, value, mask=row_ok & col_ok)
 
 

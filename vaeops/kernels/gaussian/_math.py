@@ -32,9 +32,9 @@ def exp_parts(h):
     q = tl.fma(f, q, 1.66664720e-1)
     q = tl.fma(f, q, 4.99999851e-1)
     r = q * (f * f)
-    normal = tl.where(j > 127.0, 127.0, tl.where(j < -126.0, -126.0, j))
+    normal = tl.where(j > 127.0, 127.0, tl.where(j < -100.0, -100.0, j))
     s = power_of_two(normal)
-    exp = (1.0 + (f + r)) * s * power_of_two(j - normal)
+    exp = (1.0 + (f + r)) * s * power_of_two(j - normal)  # rounds once, in a subnormal's last product
     gap = tl.fma(s, r, tl.fma(s, f, s - 1.0) - top)
     expm1 = tl.where(top < -104.0, -1.0, top + gap)  # -inf + inf otherwise
     return exp, expm1, gap

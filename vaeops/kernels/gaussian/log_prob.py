@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ...ref import gaussian as ref
 from .. import _layout as layout
-from .._tile import ALL, NONE, ROWS, arrive, collect, load, release, store, store_sum, tile_coordinates
+from .._tile import ALL, NONE, ROWS, aligned, arrive, collect, load, release, store, store_sum, tile_at
 from ._math import chain, inverse_deviation, log_variance
 
 LOG_TWO_PI = tl.constexpr(1.8378770664093453)
@@ -18,26 +18,24 @@ def forward_kernel(
     out,  # F, in the reduced shape
     partial, ticket,  # F [groups * chunks], int32 [groups]; None without a sum over tiles
     x_at, mu_at, rho_at, sizes,  # strides
-    rows: tl.int64, cols: tl.int64, length: tl.int64,
-    chunks: tl.int32, tiles: tl.int32, group_tiles: tl.int64,
+    rows: tl.int64, cols: tl.int64, per_stream: tl.int64,
+    chunks: tl.int32, tiles: tl.int32, group_tiles: tl.int32,
     scale: tl.float64,
-    PARAM: tl.constexpr, AXIS: tl.constexpr, ALIGNED: tl.constexpr, ONE_STREAM: tl.constexpr, QUADS: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
+    PARAM: tl.constexpr, AXIS: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr, ONE_STREAM: tl.constexpr,
+    QUADS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    if ALIGNED:
-        cols = tl.multiple_of(cols, 16)
+    cols = aligned(cols, ALIGNED)
     F: tl.constexpr = tl.float64 if mu.dtype.element_ty == tl.float64 else tl.float32
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     group, chunk = pid // chunks, pid % chunks
     total = tl.zeros([R, C], F)
     for k in range(tiles):
-        row, col, row_ok, col_ok, _ = tile_coordinates(
-            group, chunk * tiles + k, rows, cols, group_tiles, AXIS, R, C
-        )
+        tile, _ = tile_at(group, chunk * tiles + k, rows, cols, group_tiles, AXIS, R, C)
+        row, col, row_ok, col_ok, _ = tile
         inside = row_ok & col_ok
-        v = load(x, row, col, row_ok, col_ok, cols, sizes, x_at).to(F)
-        m = load(mu, row, col, row_ok, col_ok, cols, sizes, mu_at).to(F)
-        r = load(rho, row, col, row_ok, col_ok, cols, sizes, rho_at).to(F)
+        v = load(x, tile, sizes, x_at, WIDE).to(F)
+        m = load(mu, tile, sizes, mu_at, WIDE).to(F)
+        r = load(rho, tile, sizes, rho_at, WIDE).to(F)
         t = (v - m) * inverse_deviation(r, PARAM)
         element = tl.where(inside, -0.5 * (tl.fma(t, t, log_variance(r, PARAM)) + LOG_TWO_PI), 0.0)
         if AXIS == NONE:
@@ -60,27 +58,25 @@ def backward_kernel(
     x, mu, rho,  # T
     gx, gmu, grho,  # T
     grad_at, x_at, mu_at, rho_at, gx_at, gmu_at, grho_at, sizes,  # strides
-    rows: tl.int64, cols: tl.int64, length: tl.int64,
-    chunks: tl.int32, tiles: tl.int32, group_tiles: tl.int64,
+    rows: tl.int64, cols: tl.int64, per_stream: tl.int64,
+    chunks: tl.int32, tiles: tl.int32, group_tiles: tl.int32,
     scale: tl.float64,
-    PARAM: tl.constexpr, AXIS: tl.constexpr, ALIGNED: tl.constexpr, ONE_STREAM: tl.constexpr, QUADS: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr,
+    PARAM: tl.constexpr, AXIS: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr, ONE_STREAM: tl.constexpr,
+    QUADS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    if ALIGNED:
-        cols = tl.multiple_of(cols, 16)
+    cols = aligned(cols, ALIGNED)
     F: tl.constexpr = tl.float64 if mu.dtype.element_ty == tl.float64 else tl.float32
-    tile = tl.program_id(0).to(tl.int64)
-    row, col, row_ok, col_ok, _ = tile_coordinates(tile, 0, rows, cols, group_tiles, AXIS, R, C)
-    w = load(grad, row, col, row_ok, col_ok, cols, sizes, grad_at).to(F) * tl.cast(scale, F)
-    v = load(x, row, col, row_ok, col_ok, cols, sizes, x_at).to(F)
-    m = load(mu, row, col, row_ok, col_ok, cols, sizes, mu_at).to(F)
-    r = load(rho, row, col, row_ok, col_ok, cols, sizes, rho_at).to(F)
+    tile, _ = tile_at(tl.program_id(0), 0, rows, cols, group_tiles, AXIS, R, C)
+    w = load(grad, tile, sizes, grad_at, WIDE).to(F) * tl.cast(scale, F)
+    v = load(x, tile, sizes, x_at, WIDE).to(F)
+    m = load(mu, tile, sizes, mu_at, WIDE).to(F)
+    r = load(rho, tile, sizes, rho_at, WIDE).to(F)
     inverse = inverse_deviation(r, PARAM)
     t = (v - m) * inverse
     g = w * t * inverse
-    store(gx, -g, row, col, row_ok, col_ok, cols, sizes, gx_at)
-    store(gmu, g, row, col, row_ok, col_ok, cols, sizes, gmu_at)
-    store(grho, chain(r, w * (t * t - 1.0), PARAM), row, col, row_ok, col_ok, cols, sizes, grho_at)
+    store(gx, -g, tile, sizes, gx_at, WIDE)
+    store(gmu, g, tile, sizes, gmu_at, WIDE)
+    store(grho, chain(r, w * (t * t - 1.0), PARAM), tile, sizes, grho_at, WIDE)
 
 
 def log_prob_fwd(x, mu, rho, param, reduction, batch_ndim):

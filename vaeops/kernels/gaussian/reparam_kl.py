@@ -14,13 +14,14 @@ from .._tile import (
     COLUMNS,
     NONE,
     ROWS,
+    aligned,
     arrive,
     collect,
     load,
     release,
     store,
     store_sum,
-    tile_coordinates,
+    tile_at,
 )
 from ..rng import normal_tile
 from ._math import STD, chain, deviation, expm1_and_gap, inverse_deviation, log_variance
@@ -30,12 +31,6 @@ from ._math import STD, chain, deviation, expm1_and_gap, inverse_deviation, log_
 def clamped(rho, lo, hi):
     """torch.clamp: NaN stays."""
     return tl.where(rho < lo, lo, tl.where(rho > hi, hi, rho))
-
-
-@triton.jit
-def widened(x):
-    """The dtype to compute in."""
-    return x if x.dtype == tl.float64 else x.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=layout.FIXED)
@@ -48,39 +43,37 @@ def forward_kernel(
     kl,  # F, in the reduced shape, or None: not wanted
     partial, ticket,  # F [groups * chunks], int32 [groups]; None without a sum over tiles
     mu_at, rho_at, prior_mu_at, prior_rho_at, eps_at, z_at, sizes,  # strides
-    rows: tl.int64, cols: tl.int64, length: tl.int64,
-    chunks: tl.int32, tiles: tl.int32, group_tiles: tl.int64,
+    rows: tl.int64, cols: tl.int64, per_stream: tl.int64,
+    chunks: tl.int32, tiles: tl.int32, group_tiles: tl.int32,
     scale: tl.float64, clamp_lo: tl.float64, clamp_hi: tl.float64, temperature: tl.float64,
-    PARAM: tl.constexpr, CLAMP: tl.constexpr, AXIS: tl.constexpr, ALIGNED: tl.constexpr, ONE_STREAM: tl.constexpr,
-    QUADS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    PARAM: tl.constexpr, CLAMP: tl.constexpr, AXIS: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr,
+    ONE_STREAM: tl.constexpr, QUADS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    if ALIGNED:
-        cols = tl.multiple_of(cols, 16)
+    cols = aligned(cols, ALIGNED)
     F: tl.constexpr = tl.float64 if mu.dtype.element_ty == tl.float64 else tl.float32
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     group, chunk = pid // chunks, pid % chunks
     total = tl.zeros([R, C], F)
     for k in range(tiles):
-        row, col, row_ok, col_ok, first_col = tile_coordinates(
-            group, chunk * tiles + k, rows, cols, group_tiles, AXIS, R, C
-        )
+        tile, first_col = tile_at(group, chunk * tiles + k, rows, cols, group_tiles, AXIS, R, C)
+        row, col, row_ok, col_ok, _ = tile
         inside = row_ok & col_ok
-        m = load(mu, row, col, row_ok, col_ok, cols, sizes, mu_at).to(F)
-        r = load(rho, row, col, row_ok, col_ok, cols, sizes, rho_at).to(F)
+        m = load(mu, tile, sizes, mu_at, WIDE).to(F)
+        r = load(rho, tile, sizes, rho_at, WIDE).to(F)
         if CLAMP:
             r = clamped(r, tl.cast(clamp_lo, F), tl.cast(clamp_hi, F))
         if z is not None:
             if eps is not None:
-                noise = load(eps, row, col, row_ok, col_ok, cols, sizes, eps_at)
+                noise = load(eps, tile, sizes, eps_at, WIDE)
             else:
-                noise = normal_tile(seed, row, first_col, row_ok, cols, length, ONE_STREAM, QUADS, R, C)
+                noise = normal_tile(seed, tile, first_col, per_stream, ONE_STREAM, QUADS, R, C)
             sample = tl.fma(tl.cast(temperature, F) * deviation(r, PARAM), noise.to(F), m)
-            store(z, sample, row, col, row_ok, col_ok, cols, sizes, z_at)
+            store(z, sample, tile, sizes, z_at, WIDE)
         if kl is not None:
             lv = log_variance(r, PARAM)
             if prior_mu is not None:
-                p = load(prior_mu, row, col, row_ok, col_ok, cols, sizes, prior_mu_at).to(F)
-                s = load(prior_rho, row, col, row_ok, col_ok, cols, sizes, prior_rho_at).to(F)
+                p = load(prior_mu, tile, sizes, prior_mu_at, WIDE).to(F)
+                s = load(prior_rho, tile, sizes, prior_rho_at, WIDE).to(F)
                 t = (m - p) * inverse_deviation(s, PARAM)
                 lv = lv - log_variance(s, PARAM)
             else:
@@ -113,47 +106,45 @@ def backward_kernel(
     gprior_mu, gprior_rho,  # one element per group (AXIS ALL), row, column or element; None without a prior
     partial, partial_rho, ticket,  # F [groups * chunks] each, int32 [groups]; None without a sum over tiles
     gz_at, gkl_at, mu_at, rho_at, prior_mu_at, prior_rho_at, eps_at, gmu_at, grho_at, sizes,  # strides
-    rows: tl.int64, cols: tl.int64, length: tl.int64,
-    chunks: tl.int32, tiles: tl.int32, group_tiles: tl.int64,
+    rows: tl.int64, cols: tl.int64, per_stream: tl.int64,
+    chunks: tl.int32, tiles: tl.int32, group_tiles: tl.int32,
     scale: tl.float64, clamp_lo: tl.float64, clamp_hi: tl.float64, temperature: tl.float64,
-    PARAM: tl.constexpr, CLAMP: tl.constexpr, AXIS: tl.constexpr, ALIGNED: tl.constexpr, ONE_STREAM: tl.constexpr,
-    QUADS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    PARAM: tl.constexpr, CLAMP: tl.constexpr, AXIS: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr,
+    ONE_STREAM: tl.constexpr, QUADS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    if ALIGNED:
-        cols = tl.multiple_of(cols, 16)
+    cols = aligned(cols, ALIGNED)
     F: tl.constexpr = tl.float64 if mu.dtype.element_ty == tl.float64 else tl.float32
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     group, chunk = pid // chunks, pid % chunks
     total_m = tl.zeros([R, C], F)
     total_r = tl.zeros([R, C], F)
     for k in range(tiles):
-        row, col, row_ok, col_ok, first_col = tile_coordinates(
-            group, chunk * tiles + k, rows, cols, group_tiles, AXIS, R, C
-        )
+        tile, first_col = tile_at(group, chunk * tiles + k, rows, cols, group_tiles, AXIS, R, C)
+        row, col, row_ok, col_ok, _ = tile
         inside = row_ok & col_ok
-        m = load(mu, row, col, row_ok, col_ok, cols, sizes, mu_at).to(F)
-        given = load(rho, row, col, row_ok, col_ok, cols, sizes, rho_at).to(F)
+        m = load(mu, tile, sizes, mu_at, WIDE).to(F)
+        given = load(rho, tile, sizes, rho_at, WIDE).to(F)
         r = given
         if CLAMP:
             lo, hi = tl.cast(clamp_lo, F), tl.cast(clamp_hi, F)
             r = clamped(given, lo, hi)
-        d_m = tl.zeros([R, C], F)
-        d_r = tl.zeros([R, C], F)
         if gz is not None:
-            g = load(gz, row, col, row_ok, col_ok, cols, sizes, gz_at).to(F)
+            d_m = load(gz, tile, sizes, gz_at, WIDE).to(F)
             if eps is not None:
-                noise = load(eps, row, col, row_ok, col_ok, cols, sizes, eps_at)
+                noise = load(eps, tile, sizes, eps_at, WIDE)
             else:
-                noise = normal_tile(seed, row, first_col, row_ok, cols, length, ONE_STREAM, QUADS, R, C)
-            d_m += g
-            shift = tl.cast(temperature, F) * noise.to(F) * g
-            d_r += shift if PARAM == STD else chain(r, shift * deviation(r, PARAM), PARAM)
+                noise = normal_tile(seed, tile, first_col, per_stream, ONE_STREAM, QUADS, R, C)
+            shift = tl.cast(temperature, F) * noise.to(F) * d_m
+            d_r = shift if PARAM == STD else chain(r, shift * deviation(r, PARAM), PARAM)
+        else:
+            d_m = tl.zeros([R, C], F)
+            d_r = tl.zeros([R, C], F)
         if gkl is not None:
-            w = load(gkl, row, col, row_ok, col_ok, cols, sizes, gkl_at).to(F) * tl.cast(scale, F)
+            w = load(gkl, tile, sizes, gkl_at, WIDE).to(F) * tl.cast(scale, F)
             lv = log_variance(r, PARAM)
             if prior_mu is not None:
-                p = load(prior_mu, row, col, row_ok, col_ok, cols, sizes, prior_mu_at).to(F)
-                s = load(prior_rho, row, col, row_ok, col_ok, cols, sizes, prior_rho_at).to(F)
+                p = load(prior_mu, tile, sizes, prior_mu_at, WIDE).to(F)
+                s = load(prior_rho, tile, sizes, prior_rho_at, WIDE).to(F)
                 inverse = inverse_deviation(s, PARAM)
                 t = (m - p) * inverse
                 e, _ = expm1_and_gap(lv - log_variance(s, PARAM))
@@ -176,8 +167,8 @@ def backward_kernel(
             d_r += chain(r, w * e, PARAM)
         if CLAMP:
             d_r = tl.where((given < lo) | (given > hi), 0.0, d_r)
-        store(gmu, d_m, row, col, row_ok, col_ok, cols, sizes, gmu_at)
-        store(grho, d_r, row, col, row_ok, col_ok, cols, sizes, grho_at)
+        store(gmu, d_m, tile, sizes, gmu_at, WIDE)
+        store(grho, d_r, tile, sizes, grho_at, WIDE)
     if gprior_mu is not None and AXIS >= ALL:
         store_sum(total_m, gprior_mu, partial, group, chunk, chunks, cols, 1.0, AXIS, R, C)
         store_sum(total_r, gprior_rho, partial_rho, group, chunk, chunks, cols, 1.0, AXIS, R, C)
