@@ -99,9 +99,9 @@ def view(shape: torch.Size, strides: list[Strides], split: int | None, streams: 
     C = block if flat else min(block, max(4, _next_power_of_two(cols)))
     R = 1 if flat else block // C
     if simple:
-        nothing = [0] * len(strides)
-        row_strides = row_dims[0][1] if row_dims else nothing
-        col_strides = col_dims[0][1] if col_dims else nothing
+        # A dim of one element needs no stride, but a tile may be larger than it and its offsets need a shape.
+        row_strides = row_dims[0][1] if row_dims else [0 if flat else cols] * len(strides)
+        col_strides = col_dims[0][1] if col_dims else [1] * len(strides)
         return View(rows, cols, R, C, None, [(r or None, c or None) for r, c in zip(row_strides, col_strides)])
     sizes = tuple(size for size, _ in dims[1:])
     return View(rows, cols, R, C, sizes, [tuple(s[k] or None for _, s in dims) for k in range(len(strides))])

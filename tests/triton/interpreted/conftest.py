@@ -10,9 +10,9 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
 
 if INTERPRETING:
-    import exact_fma
+    import faithful
 
-    exact_fma.install()
+    faithful.install()
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ def test_the_counter_is_64_bits_and_wraps(offset):
     assert torch.equal(rng.normal(seed, [97]), ref.normal([97], seed))
 
 
-@pytest.mark.parametrize("shape", [(5, 64), (5, 63), (3, 1), (2, 1025), (2, 2048), (0, 3)])
+@pytest.mark.parametrize("shape", [(5, 64), (5, 63), (3, 1), (2, 1025), (2, 2048)])
 def test_batched_seeds_count_from_their_own_first_element(shape):
     seeds = ref.fold_in(SEED, torch.arange(shape[0]))
     got = rng.normal(seeds, list(shape))
