@@ -3,13 +3,13 @@
 Nothing here depends on a tensor's value, and nothing synchronises.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._tile import ALL, COLUMNS, NONE, ROWS
 
 # Kernel arguments that change from batch to batch: Triton must not compile anew for their values.
 FIXED = (
@@ -110,18 +110,18 @@ def view(shape: torch.Size, strides: list[Strides], split: int | None, streams: 
 class Sums(NamedTuple):
     """What a kernel sums: its AXIS, where a row begins, whether each row has a sum of its own."""
 
-    axis: int
+    axis: str
     split: int | None = None  # None: wherever
     per_row: bool = False
     shape: Strides = ()  # of the sums where they are not yet the result, else ()
 
 
-NO_SUMS = Sums(NONE.value)
+NO_SUMS = Sums("none")
 
 
 def _row_sums(shape: Strides, split: int, block: int, sums: Strides = ()) -> Sums:
     cols = math.prod(shape[split:])
-    return Sums(ROWS.value if cols <= block else ALL.value, split, True, sums)
+    return Sums("rows" if cols <= block else "all", split, True, sums)
 
 
 def reduction_sums(shape: torch.Size, reduction: int, batch_ndim: int, block: int) -> Sums:
@@ -129,10 +129,10 @@ def reduction_sums(shape: torch.Size, reduction: int, batch_ndim: int, block: in
     if reduction < 1:
         return NO_SUMS
     if reduction == 1:
-        return Sums(COLUMNS.value, batch_ndim)
+        return Sums("columns", batch_ndim)
     if reduction == 2:
         return _row_sums(shape, batch_ndim, block)
-    return Sums(ALL.value)
+    return Sums("all")
 
 
 def broadcast_sums(small: torch.Size, shape: torch.Size, block: int) -> Sums:
@@ -143,7 +143,7 @@ def broadcast_sums(small: torch.Size, shape: torch.Size, block: int) -> Sums:
     if all(kept):
         return NO_SUMS
     if not any(kept):
-        return Sums(ALL.value)
+        return Sums("all")
     if not kept[-1]:
         last = len(kept) - kept[::-1].index(True)  # dims before it are summed afterwards, where at all
         split = dims[last]
@@ -151,39 +151,41 @@ def broadcast_sums(small: torch.Size, shape: torch.Size, block: int) -> Sums:
         return _row_sums(shape, split, block, () if complete else (*shape[:split], *[1] * (len(shape) - split)))
     first = kept.index(True)
     if all(kept[first:]):
-        return Sums(COLUMNS.value, dims[first])
-    return Sums(NONE.value, shape=tuple(shape))
+        return Sums("columns", dims[first])
+    return Sums("none", shape=tuple(shape))
 
 
 class Launch(NamedTuple):
     """Launch arguments that follow from shapes, strides and sums, in the order in which the kernels take them."""
 
     grid: tuple[int]
-    seed: Tensor | None
     strides: tuple[tuple[int | None, ...] | None, ...]  # of the operands, then the sizes of the view
     sizes: tuple[int, ...]  # rows, cols, per_stream, chunks, tiles, group_tiles
-    constants: tuple[int, ...]  # AXIS, WIDE, ALIGNED, ONE_STREAM, QUADS, R, C
+    constants: tuple[str | int, ...]  # AXIS, WIDE, ALIGNED, ONE_STREAM, QUADS, R, C
     groups: int
     partials: int  # elements
 
     def workspace(self, sums: int, dtype: torch.dtype, like: Tensor) -> list[Tensor | None]:
         """Room for the partial results of each sum, then the tickets; None where nothing is summed over tiles."""
-        if self.constants[0] < ALL.value:
+        if self.constants[0] not in ("all", "columns"):
             return [None] * (sums + 1)
         rooms: list[Tensor | None] = [like.new_empty(self.partials, dtype=dtype) for _ in range(sums)]
         return [*rooms, tickets(like, self.groups)]
 
 
-def plan(like: Tensor, operands: dict[str, Strides], names: tuple[str, ...], sums: Sums, seed: Tensor | None,
-         block: int) -> Launch:  # fmt: skip
-    """`operands`: strides by name, in like's shape; `names`: all that the kernel knows, in its order."""
-    streams = 1 if seed is None else seed.numel() // 2
-    v = view(like.shape, list(operands.values()), sums.split, streams, block)
+@functools.lru_cache(maxsize=1024)
+def plan(shape: torch.Size, operands: tuple[Strides | None, ...], sums: Sums, streams: int, block: int) -> Launch:
+    """`operands`: strides in `shape` of all that the kernel knows, in its order; None for an absent one.
+
+    A model calls with few shapes, and finding out takes longer than a launch: hence the cache.
+    """
+    present = [strides for strides in operands if strides is not None]
+    v = view(shape, present, sums.split, streams, block)
     length = v.rows * v.cols // streams
     row_blocks, col_blocks = -(-v.rows // v.R), -(-v.cols // v.C)
-    if sums.axis == COLUMNS.value:
+    if sums.axis == "columns":
         groups, group_tiles, most = col_blocks, row_blocks, max(1, COLUMN_PROGRAMS // col_blocks)
-    elif sums.axis < ALL.value:
+    elif sums.axis != "all":
         groups, group_tiles, most = row_blocks * col_blocks, 1, 1
     elif sums.per_row:
         groups, group_tiles, most = v.rows, col_blocks, MAX_ROW_CHUNKS
@@ -192,15 +194,14 @@ def plan(like: Tensor, operands: dict[str, Strides], names: tuple[str, ...], sum
     tiles = -(-group_tiles // most)
     chunks = -(-group_tiles // tiles)
     quads = length % v.cols == 0 and (v.cols % 4 == 0 or v.cols == length)
-    by_name = dict(zip(operands, v.strides))
+    found = iter(v.strides)
     return Launch(
         grid=(groups * chunks,),
-        seed=None if seed is None else seed.contiguous(),
-        strides=(*(by_name.get(name) for name in names), v.sizes),
+        strides=(*(None if strides is None else next(found) for strides in operands), v.sizes),
         sizes=(v.rows, v.cols, length // v.cols if quads else length, chunks, tiles, group_tiles),
         constants=(sums.axis, v.rows * v.cols >= 1 << 31, v.cols % 16 == 0, streams == 1, quads, v.R, v.C),
         groups=groups,
-        partials=chunks * (v.cols if sums.axis == COLUMNS.value else groups),
+        partials=chunks * (v.cols if sums.axis == "columns" else groups),
     )
 
 

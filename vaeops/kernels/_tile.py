@@ -1,9 +1,9 @@
 """What the kernels share on the device: tiles of a [rows, cols] view, operands read through it, deterministic sums.
 
 A program walks the tiles [R, C] of one chunk of one group. What a group is depends on what the kernel sums (AXIS):
-    NONE, ROWS  a tile; ROWS: it holds whole rows, each summed by itself
-    ALL         consecutive tiles whose elements make one sum: the whole view, or one long row
-    COLUMNS     the tiles below one another: one sum per column
+    "none", "rows"  a tile; "rows": it holds whole rows, each summed by itself
+    "all"           consecutive tiles whose elements make one sum: the whole view, or one long row
+    "columns"       the tiles below one another: one sum per column
 A group of several chunks leaves fp32 (fp64 for fp64) partial sums; the program that arrives last adds them in the order
 of their index, so the result does not depend on which one that is.
 
@@ -13,11 +13,6 @@ An operand's strides are (row, col), or one per merged dim when the view carries
 import triton
 import triton.language as tl
 
-NONE = tl.constexpr(0)
-ROWS = tl.constexpr(1)
-ALL = tl.constexpr(2)
-COLUMNS = tl.constexpr(3)
-
 
 @triton.jit
 def tile_at(group, inner, rows, cols, group_tiles, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
@@ -26,7 +21,7 @@ def tile_at(group, inner, rows, cols, group_tiles, AXIS: tl.constexpr, R: tl.con
     Tiles are counted in 32 bits (2^31 of them are more elements than any memory holds); 64-bit division is slow.
     """
     col_blocks = ((cols + C - 1) // C).to(tl.int32)
-    if AXIS == COLUMNS:
+    if AXIS == "columns":
         row_block, col_block = inner, group
     else:
         tile = group * group_tiles + inner
@@ -89,9 +84,9 @@ def store_sum(total, out, partial, group, chunk, chunks, cols, scale,
               AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """total [R, C] of this chunk: scaled into `out` when it is the group's only one, else summed into `partial`.
 
-    out [groups] (AXIS ALL) or [cols]; partial [groups, chunks] or [chunks, cols].
+    out [groups] (AXIS "all") or [cols]; partial [groups, chunks] or [chunks, cols].
     """
-    if AXIS == ALL:
+    if AXIS == "all":
         value = tl.sum(tl.reshape(total, [R * C]), axis=0)
         if chunks == 1:
             tl.store(out + group, value * scale)
@@ -118,7 +113,7 @@ def arrive(ticket, group, chunks):
 @triton.jit
 def collect(out, partial, group, chunks, cols, scale, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """The sum of a group's partial sums, in the order of their index, scaled into `out`."""
-    if AXIS == ALL:
+    if AXIS == "all":
         lane = tl.arange(0, R * C)
         total = tl.zeros([R * C], partial.dtype.element_ty)
         for first in range(0, chunks, R * C):

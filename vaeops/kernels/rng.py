@@ -10,9 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _layout as layout
-from ._tile import NONE, aligned, tile_at
-
-FOLD_TAG = tl.constexpr(-(1 << 63))  # top bit of the fourth counter word: see vaeops/ref/rng.py
+from ._tile import aligned, tile_at
 
 
 @triton.jit
@@ -117,7 +115,7 @@ def normal_kernel(
     ALIGNED: tl.constexpr, ONE_STREAM: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     cols = aligned(cols, ALIGNED)
-    tile, first_col = tile_at(tl.program_id(0), 0, rows, cols, 1, NONE, R, C)
+    tile, first_col = tile_at(tl.program_id(0), 0, rows, cols, 1, "none", R, C)
     row, col, row_ok, col_ok, _ = tile
     value = normal_tile(seed, tile, first_col, 1, ONE_STREAM, True, R, C)
     tl.store(out + row * cols + col, value, mask=row_ok & col_ok)
@@ -136,7 +134,7 @@ def fold_in_kernel(
     s = i * 0 if ONE_SEED else i
     key, offset = tl.load(seed + 2 * s, mask=ok), tl.load(seed + 2 * s + 1, mask=ok)
     which = tl.load(index + (i * 0 if ONE_INDEX else i), mask=ok)
-    w0, w1, w2, w3 = philox(key, offset, which | FOLD_TAG)
+    w0, w1, w2, w3 = philox(key, offset, which | -(1 << 63))  # the top bit, which the noise stream leaves 0
     tl.store(child + 2 * i, w0.to(tl.int64) | (w1.to(tl.int64) << 32), mask=ok)
     tl.store(child + 2 * i + 1, w2.to(tl.int64) | (w3.to(tl.int64) << 32), mask=ok)
 

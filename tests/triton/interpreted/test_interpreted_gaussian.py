@@ -114,8 +114,10 @@ def test_sums_over_several_programs(monkeypatch, reduction, prior):
     check_step(*inputs(2, 2500), inputs(*prior), reduction=reduction)
     for limit in ("MAX_CHUNKS", "MAX_ROW_CHUNKS", "COLUMN_PROGRAMS"):
         monkeypatch.setattr(_layout, limit, 2)
+    _layout.plan.cache_clear()
     check_step(*inputs(2, 2500), inputs(*prior), reduction=reduction)
     check_step(*inputs(700, 12), inputs(12), reduction=reduction)
+    _layout.plan.cache_clear()
     assert all(not t.any() for t in _layout._tickets.values())
 
 

@@ -5,10 +5,6 @@ import triton.language as tl
 
 from ..rng import log_normal_range
 
-LOGVAR = tl.constexpr(0)
-LOGSTD = tl.constexpr(1)
-STD = tl.constexpr(2)
-
 
 @triton.jit
 def power_of_two(k):
@@ -84,9 +80,9 @@ def log(x):
 
 @triton.jit
 def log_variance(rho, PARAM: tl.constexpr):
-    if PARAM == LOGVAR:
+    if PARAM == "logvar":
         result = rho
-    elif PARAM == LOGSTD:
+    elif PARAM == "logstd":
         result = rho * 2.0
     else:
         result = log(rho) * 2.0
@@ -96,9 +92,9 @@ def log_variance(rho, PARAM: tl.constexpr):
 @triton.jit
 def deviation(rho, PARAM: tl.constexpr):
     """sigma."""
-    if PARAM == LOGVAR:
+    if PARAM == "logvar":
         result = exp(rho * 0.5)
-    elif PARAM == LOGSTD:
+    elif PARAM == "logstd":
         result = exp(rho)
     else:
         result = rho
@@ -117,10 +113,10 @@ def reciprocal(x):
 @triton.jit
 def inverse_deviation(rho, PARAM: tl.constexpr):
     """1 / sigma, kept finite for fp32 log-deviations below -88."""
-    if PARAM == STD:
+    if PARAM == "std":
         result = reciprocal(rho)
     else:
-        h = -rho if PARAM == LOGSTD else rho * -0.5
+        h = -rho if PARAM == "logstd" else rho * -0.5
         if h.dtype != tl.float64:
             h = tl.where(h > 88.0, 88.0, h)
         result = exp(h)
@@ -130,9 +126,9 @@ def inverse_deviation(rho, PARAM: tl.constexpr):
 @triton.jit
 def chain(rho, x, PARAM: tl.constexpr):
     """A gradient x of log sigma^2, doubled, as one of rho: x * (d log sigma^2 / d rho) / 2."""
-    if PARAM == LOGVAR:
+    if PARAM == "logvar":
         result = x * 0.5
-    elif PARAM == LOGSTD:
+    elif PARAM == "logstd":
         result = x
     else:
         result = x * reciprocal(rho)
