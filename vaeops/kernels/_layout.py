@@ -10,18 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 # Kernel arguments that change from batch to batch: Triton must not compile anew for their values.
 FIXED = (
-    "rows", "cols", "per_stream", "chunks", "tiles", "group_tiles", "scale", "clamp_lo", "clamp_hi", "temperature",
+    "rows", "cols", "per_stream", "chunks", "tiles", "group_tiles",
+    "scale", "clamp_lo", "clamp_hi", "temperature",
 )  # fmt: skip
 
 Strides = tuple[int, ...]
 
 
 def settings(dtype: torch.dtype) -> tuple[int, int]:
-    """(elements of a tile, warps of a program). Not tuned on a GPU yet: 8 fp32 elements a thread, two 16-byte loads each,
-    and half of that in fp64, whose functions need more registers."""
+    """(elements of a tile, warps of a program). Not tuned on a GPU yet: 8 fp32 elements a thread, two 16-byte
+    loads each, and half of that in fp64, whose functions need more registers."""
     return (512, 4) if dtype is torch.float64 else (1024, 4)
 
 
@@ -54,7 +54,7 @@ def reduced_strides(t: Tensor, shape: torch.Size, reduction: int, batch_ndim: in
 
 
 def _merge(shape: Strides, strides: list[Strides]) -> list[tuple[int, list[int]]]:
-    """(size, stride of every operand) per dim, adjacent dims joined where every operand allows it, size 1 dropped."""
+    """(size, stride of every operand) per dim; dims joined where every operand allows, size 1 dropped."""
     dims: list[tuple[int, list[int]]] = []
     for d, size in enumerate(shape):
         if size == 1:
@@ -74,12 +74,14 @@ class View(NamedTuple):
     cols: int
     R: int
     C: int
-    sizes: Strides | None  # of the merged dims but the outermost; None: an offset is row * stride + col * stride
+    sizes: (
+        Strides | None
+    )  # of the merged dims but the outermost; None: offsets are row * stride + col * stride
     strides: list[tuple[int | None, ...]]  # per operand
 
 
 def view(shape: torch.Size, strides: list[Strides], split: int | None, streams: int, block: int) -> View:
-    """`split`: the dim at which a row begins; None where any rows will do. `streams`: noise streams, a prefix of shape."""
+    """`split`: the dim at which a row begins, None where any rows will do. `streams`: of noise."""
     n = shape.numel()
     dims = _merge(shape, strides)
     if split is not None:
@@ -102,9 +104,13 @@ def view(shape: torch.Size, strides: list[Strides], split: int | None, streams: 
         # A dim of one element needs no stride, but a tile may be larger than it and its offsets need a shape.
         row_strides = row_dims[0][1] if row_dims else [0 if flat else cols] * len(strides)
         col_strides = col_dims[0][1] if col_dims else [1] * len(strides)
-        return View(rows, cols, R, C, None, [(r or None, c or None) for r, c in zip(row_strides, col_strides)])
+        return View(rows, cols, R, C, None, [_present(pair) for pair in zip(row_strides, col_strides)])
     sizes = tuple(size for size, _ in dims[1:])
-    return View(rows, cols, R, C, sizes, [tuple(s[k] or None for _, s in dims) for k in range(len(strides))])
+    return View(rows, cols, R, C, sizes, [_present(one) for one in zip(*(s for _, s in dims))])
+
+
+def _present(strides: Strides) -> tuple[int | None, ...]:
+    return tuple(s or None for s in strides)
 
 
 class Sums(NamedTuple):
@@ -136,7 +142,7 @@ def reduction_sums(shape: torch.Size, reduction: int, batch_ndim: int, block: in
 
 
 def broadcast_sums(small: torch.Size, shape: torch.Size, block: int) -> Sums:
-    """The sums that take a gradient of every element to a tensor of shape `small`, which broadcasts to `shape`."""
+    """The sums that take gradients of all elements to a tensor of shape `small`, broadcast to `shape`."""
     padded = (1,) * (len(shape) - len(small)) + tuple(small)
     dims = [d for d, n in enumerate(shape) if n > 1]
     kept = [padded[d] > 1 for d in dims]
@@ -147,8 +153,8 @@ def broadcast_sums(small: torch.Size, shape: torch.Size, block: int) -> Sums:
     if not kept[-1]:
         last = len(kept) - kept[::-1].index(True)  # dims before it are summed afterwards, where at all
         split = dims[last]
-        complete = all(kept[:last])
-        return _row_sums(shape, split, block, () if complete else (*shape[:split], *[1] * (len(shape) - split)))
+        incomplete = (*shape[:split], *[1] * (len(shape) - split))
+        return _row_sums(shape, split, block, () if all(kept[:last]) else incomplete)
     first = kept.index(True)
     if all(kept[first:]):
         return Sums("columns", dims[first])
@@ -156,7 +162,7 @@ def broadcast_sums(small: torch.Size, shape: torch.Size, block: int) -> Sums:
 
 
 class Launch(NamedTuple):
-    """Launch arguments that follow from shapes, strides and sums, in the order in which the kernels take them."""
+    """Launch arguments that follow from shapes, strides and sums, in the kernels' order."""
 
     grid: tuple[int]
     strides: tuple[tuple[int | None, ...] | None, ...]  # of the operands, then the sizes of the view
@@ -166,7 +172,7 @@ class Launch(NamedTuple):
     partials: int  # elements
 
     def workspace(self, sums: int, dtype: torch.dtype, like: Tensor) -> list[Tensor | None]:
-        """Room for the partial results of each sum, then the tickets; None where nothing is summed over tiles."""
+        """Room for each sum's partial results, then the tickets; None where nothing is summed over tiles."""
         if self.constants[0] not in ("all", "columns"):
             return [None] * (sums + 1)
         rooms: list[Tensor | None] = [like.new_empty(self.partials, dtype=dtype) for _ in range(sums)]
@@ -174,7 +180,9 @@ class Launch(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(shape: torch.Size, operands: tuple[Strides | None, ...], sums: Sums, streams: int, block: int) -> Launch:
+def plan(
+    shape: torch.Size, operands: tuple[Strides | None, ...], sums: Sums, streams: int, block: int
+) -> Launch:
     """`operands`: strides in `shape` of all that the kernel knows, in its order; None for an absent one.
 
     A model calls with few shapes, and finding out takes longer than a launch: hence the cache.
@@ -209,9 +217,10 @@ _tickets: dict[tuple, Tensor] = {}
 
 
 def tickets(t: Tensor, groups: int) -> Tensor:
-    """int32 zeros [>= groups] on t's device. A kernel leaves zeros behind, so launches in a row on one stream share them.
+    """int32 zeros [>= groups] on t's device.
 
-    A captured CUDA graph gets its own: its replays may run next to anything.
+    A kernel leaves zeros behind, so the launches of one stream share them. A captured CUDA graph gets its
+    own: its replays may run next to anything.
     """
     if t.is_cuda:
         if torch.cuda.is_current_stream_capturing():

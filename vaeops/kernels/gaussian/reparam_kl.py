@@ -1,4 +1,7 @@
-"""The Gaussian step in Triton: sample and KL in one launch, their gradients in one. Specification: vaeops/ref/gaussian.py."""
+"""The Gaussian step in Triton: sample and KL in one launch, their gradients in one.
+
+Specification: vaeops/ref/gaussian.py. T is mu's dtype; F is the one to compute in: fp64 for fp64, else fp32.
+"""
 
 import math
 
@@ -76,7 +79,7 @@ def forward_kernel(
                 total += element
     if kl is not None and (AXIS == "all" or AXIS == "columns"):
         store_sum(total, kl, partial, group, chunk, chunks, cols, scale, AXIS, R, C)
-        if chunks > 1:
+        if chunks > 1:  # noqa: SIM102 (`and` would call both)
             if arrive(ticket, group, chunks):
                 collect(kl, partial, group, chunks, cols, scale, AXIS, R, C)
                 release(ticket, group)
@@ -159,15 +162,15 @@ def backward_kernel(
     if gprior_mu is not None and (AXIS == "all" or AXIS == "columns"):
         store_sum(total_m, gprior_mu, partial, group, chunk, chunks, cols, 1.0, AXIS, R, C)
         store_sum(total_r, gprior_rho, partial_rho, group, chunk, chunks, cols, 1.0, AXIS, R, C)
-        if chunks > 1:
+        if chunks > 1:  # noqa: SIM102 (`and` would call both)
             if arrive(ticket, group, chunks):
                 collect(gprior_mu, partial, group, chunks, cols, 1.0, AXIS, R, C)
                 collect(gprior_rho, partial_rho, group, chunks, cols, 1.0, AXIS, R, C)
                 release(ticket, group)
 
 
-def gaussian_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi, reduction, batch_ndim,
-                 temperature):  # fmt: skip
+def gaussian_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi, reduction,
+                 batch_ndim, temperature):  # fmt: skip
     """(z, kl) of `vaeops::gaussian_fwd`: one launch."""
     mu, rho = _halves(q, rho, packed_dim)
     seed = None if eps is not None else seed
@@ -186,13 +189,14 @@ def gaussian_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clam
             mu, rho, prior_mu, prior_rho, _packed(seed), eps, z if sampled else None, wanted,
             *launch.workspace(1, kl.dtype, mu), *launch.strides, *launch.sizes,
             ref.scale(mu.shape, batch_ndim, reduction), clamp_lo, clamp_hi, temperature,
-            ref.PARAMS[param], _clamps(clamp_lo, clamp_hi), *launch.constants, num_warps=warps, enable_fp_fusion=False,
+            ref.PARAMS[param], _clamps(clamp_lo, clamp_hi), *launch.constants,
+            num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return z, kl
 
 
-def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi, reduction,
-                 batch_ndim, temperature):  # fmt: skip
+def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi,
+                 reduction, batch_ndim, temperature):  # fmt: skip
     """Gradients of (q, rho, prior_mu, prior_rho), no elements for an absent one: one launch.
 
     A prior that is broadcast along dims on both sides of one that it has adds a sum over partial results.
@@ -204,7 +208,8 @@ def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, pa
     seed = None if eps is not None or gz is None else seed
     eps = None if gz is None else eps
     gkl = None if reduction == ref.NO_KL else gkl
-    if mu.numel() == 0 or gkl is None:
+    prior = () if prior_mu is None or gkl is None or mu.numel() == 0 else (prior_mu, prior_rho)
+    if not prior:
         g_prior = [q.new_empty(0) if p is None else p.new_zeros(p.shape) for p in (prior_mu, prior_rho)]
         prior_mu = prior_rho = None
     if mu.numel() == 0:
@@ -217,23 +222,20 @@ def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, pa
         g_rho.stride(),
     )
     block, warps = layout.settings(mu.dtype)
-    sums = layout.NO_SUMS
-    out_mu = out_rho = None
-    if prior_mu is not None:
-        sums = layout.broadcast_sums(prior_mu.shape, mu.shape, block)
-        out_mu, out_rho = (_prior_sums(p, sums, ref.compute_dtype(mu.dtype)) for p in (prior_mu, prior_rho))
+    sums = layout.broadcast_sums(prior[0].shape, mu.shape, block) if prior else layout.NO_SUMS
+    g_sums = [_prior_sums(p, sums, ref.compute_dtype(mu.dtype)) for p in prior]
     launch = layout.plan(mu.shape, operands, sums, _streams(seed), block)
     with layout.guard(mu):
         backward_kernel[launch.grid](
-            gz, gkl, mu, rho, prior_mu, prior_rho, _packed(seed), eps, g_mu, g_rho, out_mu, out_rho,
-            *launch.workspace(2, ref.compute_dtype(mu.dtype), mu), *launch.strides, *launch.sizes,
+            gz, gkl, mu, rho, prior_mu, prior_rho, _packed(seed), eps, g_mu, g_rho,
+            *(g_sums or (None, None)), *launch.workspace(2, ref.compute_dtype(mu.dtype), mu),
+            *launch.strides, *launch.sizes,
             ref.scale(mu.shape, batch_ndim, reduction), clamp_lo, clamp_hi, temperature,
-            ref.PARAMS[param], _clamps(clamp_lo, clamp_hi), *launch.constants, num_warps=warps, enable_fp_fusion=False,
+            ref.PARAMS[param], _clamps(clamp_lo, clamp_hi), *launch.constants,
+            num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
-    if prior_mu is not None:
-        g_prior = [_to_prior(out_mu, prior_mu), _to_prior(out_rho, prior_rho)]
-    elif gkl is not None:
-        g_prior = [q.new_empty(0), q.new_empty(0)]
+    if prior:
+        g_prior = [_to_prior(s, p) for s, p in zip(g_sums, prior)]
     return gq, grho, *g_prior
 
 
@@ -268,7 +270,7 @@ def _clamps(lo: float, hi: float) -> bool:
 
 
 def _prior_sums(prior: Tensor, sums: layout.Sums, dtype: torch.dtype) -> Tensor:
-    """Where the kernel writes the prior's gradient: the gradient itself, or sums that are not yet complete."""
+    """What the kernel writes for the prior: its gradient, or sums that are not yet complete."""
     if sums.shape == ():
         return torch.empty_like(prior, memory_format=torch.contiguous_format)
     return prior.new_empty(sums.shape, dtype=dtype)
