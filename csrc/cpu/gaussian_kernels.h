@@ -20,8 +20,7 @@ VAEOPS_INLINE Exp exp_parts(F h) {
   const F f = fnma(j, set1(1.42860677e-6f), fnma(j, set1(0.693145752f), x));
   const F q = horner(f, set1(1.37805939e-3f), 8.37312452e-3f, 4.16695364e-2f, 1.66664720e-1f, 4.99999851e-1f);
   const F r = q * (f * f);
-  const F normal_j = at_least(at_most(j, 127.0f), -126.0f);
-  const F power = floats(shl<23>(iadd(to_int(normal_j), iset1(127))));
+  const F power = power_of_two(at_least(at_most(j, 127.0f), -126.0f));
   Exp e;
   e.sigma = scale(set1(1.0f) + (f + r), j);
   e.gap = fma(power, r, fma(power, f, power - set1(1.0f)) - top);
@@ -86,11 +85,10 @@ VAEOPS_INLINE void forward_block(const ForwardTile<T>& t, int64_t i, const Optio
     } else {
       twice = fma(mu, mu, gap_twice(e));
     }
-    const F kl = twice * set1(0.5f);
     if (elements != nullptr) {
-      store(elements + v * kWidth, kl);
+      store(elements + v * kWidth, twice * set1(0.5f));
     } else {
-      lanes[v] = lanes[v] + kl;
+      lanes[v] = fma(twice, set1(0.5f), lanes[v]);  // halving is exact: the same bits as the branch above
     }
   }
 }

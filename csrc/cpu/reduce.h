@@ -21,9 +21,11 @@ inline double sum_lanes(const C* lanes) {
 }
 
 // Runs `tile(begin, n, elements, lanes)` over every element of `shape` and reduces what it yields into `out`. The tile
-// function writes element values to `elements` [n], or adds them to `lanes` [64]; at most one of the two is given.
+// function writes element values to `elements` [n], or adds them to `lanes` [64]; at most one of the two is given. n is at
+// most `step` (kTile, or kChunk for a tile function that needs no buffers), and kTile where elements are asked for.
 template <class C, class Tile>
-inline void reduce_tiles(const Shape& shape, Reduction reduction, C* out, ParallelFor parallel, const Tile& tile) {
+inline void reduce_tiles(const Shape& shape, Reduction reduction, C* out, int64_t step, ParallelFor parallel,
+                         const Tile& tile) {
   const int64_t n = shape.n, rows = shape.rows, width = rows > 0 ? n / rows : 0;
   const double factor = reduction_scale(reduction, shape);
   const ParallelFor loop = n <= kSerial ? serial : parallel;
@@ -31,8 +33,8 @@ inline void reduce_tiles(const Shape& shape, Reduction reduction, C* out, Parall
   if (reduction == Reduction::off || reduction == Reduction::none) {
     parallel_for(loop, ceil_div(n, kChunk), [&](int64_t task) {
       const int64_t end = std::min(n, (task + 1) * kChunk);
-      for (int64_t at = task * kChunk; at < end; at += kTile) {
-        tile(at, std::min(kTile, end - at), reduction == Reduction::none ? out + at : nullptr, static_cast<C*>(nullptr));
+      for (int64_t at = task * kChunk; at < end; at += step) {
+        tile(at, std::min(step, end - at), reduction == Reduction::none ? out + at : nullptr, static_cast<C*>(nullptr));
       }
     });
     return;
@@ -41,7 +43,7 @@ inline void reduce_tiles(const Shape& shape, Reduction reduction, C* out, Parall
   // Sums the elements [begin, end) in lanes.
   const auto sum = [&](int64_t begin, int64_t end) {
     alignas(64) C lanes[kLanes] = {};
-    for (int64_t at = begin; at < end; at += kTile) tile(at, std::min(kTile, end - at), static_cast<C*>(nullptr), lanes);
+    for (int64_t at = begin; at < end; at += step) tile(at, std::min(step, end - at), static_cast<C*>(nullptr), lanes);
     return sum_lanes(lanes);
   };
 
@@ -126,12 +128,12 @@ inline void reduce_tiles(const Shape& shape, Reduction reduction, C* out, Parall
   *out = static_cast<C>(s * factor);
 }
 
-// Runs `tile(begin, n)` over every element, in tasks of a fixed size.
+// Runs `tile(begin, n)` over every element, in tasks of a fixed size; n is at most `step`.
 template <class Tile>
-inline void for_each_tile(int64_t n, ParallelFor parallel, const Tile& tile) {
+inline void for_each_tile(int64_t n, int64_t step, ParallelFor parallel, const Tile& tile) {
   parallel_for(n <= kSerial ? serial : parallel, ceil_div(n, kChunk), [&](int64_t task) {
     const int64_t end = std::min(n, (task + 1) * kChunk);
-    for (int64_t at = task * kChunk; at < end; at += kTile) tile(at, std::min(kTile, end - at));
+    for (int64_t at = task * kChunk; at < end; at += step) tile(at, std::min(step, end - at));
   });
 }
 
