@@ -170,16 +170,10 @@ inline Tensor reduced_like(const Tensor& like, Reduction reduction, int64_t batc
     for (int64_t d = begin; d < end; ++d) out[rank++] = sizes[d];
   };
   const int64_t all = like.dim();
-  if (reduction == Reduction::off) out[rank++] = 0;
   if (reduction == Reduction::none) take(0, all);
   if (reduction == Reduction::dim) take(batch_ndim, all);
   if (reduction == Reduction::sample) take(0, batch_ndim);
   return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(out, rank), compute_type(like));
-}
-
-inline Tensor absent_like(const Tensor& like, ScalarType dtype) {
-  const int64_t none[1] = {0};
-  return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(none, 1), dtype);
 }
 
 inline Noise noise_of(const Tensor& seed, int64_t n) {

@@ -75,10 +75,15 @@ std::tuple<Tensor, Tensor> gaussian_fwd(const Tensor& q, const OptionalTensor& r
   fill(call, layout, moments, prior_mu, prior_rho, contiguous_seed, eps,
        {packed_dim, param, clamp_lo, clamp_hi, reduction, batch_ndim, temperature});
   const bool sampled = seed || eps;
-  Tensor z = sampled ? Device::fresh_like(moments.mu) : absent_like(moments.mu, moments.mu.scalar_type());
-  if (sampled) layout.add(call.z, z, "z");
-  Tensor kl = reduced_like(moments.mu, call.reduction, batch_ndim);
-  call.kl = kl.mutable_data_ptr();
+  Tensor z, kl;  // undefined, which is None in Python, where not asked for
+  if (sampled) {
+    z = Device::fresh_like(moments.mu);
+    layout.add(call.z, z, "z");
+  }
+  if (call.reduction != Reduction::off) {
+    kl = reduced_like(moments.mu, call.reduction, batch_ndim);
+    call.kl = kl.mutable_data_ptr();
+  }
   call.shape = layout.finish();
   device.run(call);
   return {z, kl};
@@ -107,12 +112,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(
     add_reduced(layout, call.gkl, *gkl, call.reduction, moments.mu, batch_ndim);
   }
   Tensor gq = Device::fresh_like(q);
-  Tensor grho = rho ? Device::fresh_like(*rho) : absent_like(q, q.scalar_type());
+  Tensor grho;
+  if (rho) grho = Device::fresh_like(*rho);
   const OptionalTensor grho_or_packed = rho ? OptionalTensor(grho) : std::nullopt;
   const Moments grads(gq, grho_or_packed, packed_dim);
   layout.add(call.gmu, grads.mu, "gmu");
   layout.add(call.grho, grads.rho, "grho");
-  Tensor gprior_mu = absent_like(q, q.scalar_type()), gprior_rho = absent_like(q, q.scalar_type());
+  Tensor gprior_mu, gprior_rho;
   if (prior_mu) {
     gprior_mu = torch::stable::new_empty(*prior_mu, prior_mu->sizes(), compute_type(q));
     gprior_rho = torch::stable::new_empty(*prior_rho, prior_rho->sizes(), compute_type(q));
