@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> gaussian_fwd(const Tensor& q, const OptionalTensor& r
   const Device device(moments.mu);
   Layout layout(moments.mu, batch_ndim);
   GaussianForward call{};
-  const OptionalTensor contiguous_seed = seed ? OptionalTensor(torch::stable::contiguous(*seed)) : std::nullopt;
+  const OptionalTensor contiguous_seed = seed ? OptionalTensor(as_contiguous(*seed)) : std::nullopt;
   fill(call, layout, moments, prior_mu, prior_rho, contiguous_seed, eps,
        {packed_dim, param, clamp_lo, clamp_hi, reduction, batch_ndim, temperature});
   const bool sampled = seed || eps;
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(
   const Device device(moments.mu);
   Layout layout(moments.mu, batch_ndim);
   GaussianBackward call{};
-  const OptionalTensor contiguous_seed = seed ? OptionalTensor(torch::stable::contiguous(*seed)) : std::nullopt;
+  const OptionalTensor contiguous_seed = seed ? OptionalTensor(as_contiguous(*seed)) : std::nullopt;
   fill(call, layout, moments, prior_mu, prior_rho, contiguous_seed, eps,
        {packed_dim, param, clamp_lo, clamp_hi, reduction, batch_ndim, temperature});
   if (gz && (seed || eps)) {
@@ -120,8 +120,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(
   layout.add(call.grho, grads.rho, "grho");
   Tensor gprior_mu, gprior_rho;
   if (prior_mu) {
-    gprior_mu = torch::stable::new_empty(*prior_mu, prior_mu->sizes(), compute_type(q));
-    gprior_rho = torch::stable::new_empty(*prior_rho, prior_rho->sizes(), compute_type(q));
+    gprior_mu = empty(q, prior_mu->sizes().data(), prior_mu->dim(), compute_type(q));
+    gprior_rho = empty(q, prior_rho->sizes().data(), prior_rho->dim(), compute_type(q));
     call.gprior_mu = gprior_mu.mutable_data_ptr();
     call.gprior_rho = gprior_rho.mutable_data_ptr();
     call.prior_n = prior_mu->numel();
@@ -130,8 +130,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(
   call.shape = layout.finish();
   device.run(call);
   if (prior_mu) {
-    gprior_mu = torch::stable::to(gprior_mu, prior_mu->scalar_type());
-    gprior_rho = torch::stable::to(gprior_rho, prior_rho->scalar_type());
+    if (prior_mu->scalar_type() != compute_type(q)) gprior_mu = torch::stable::to(gprior_mu, prior_mu->scalar_type());
+    if (prior_rho->scalar_type() != compute_type(q)) gprior_rho = torch::stable::to(gprior_rho, prior_rho->scalar_type());
   }
   return {gq, grho, gprior_mu, gprior_rho};
 }
