@@ -47,7 +47,8 @@ class Differentiable:
     def __init__(self, forward: str, backward: str, *, outputs: int, tensors: int, wrt: int, reference: Callable,
                  fold_fwd: Callable, fold_bwd: Callable) -> None:  # fmt: skip
         fwd, bwd = overloads(forward), overloads(backward)
-        self._fwd = {impl: op._op for impl, op in fwd.items()}  # ._op skips a Python frame
+        self._op = fwd
+        self._kernel = {impl: op._op for impl, op in fwd.items()}  # the same, less a Python frame; Dynamo cannot trace it
         build = (outputs, tensors, wrt, reference, fold_fwd, fold_bwd)
         by_impl = {impl: _functions(fwd[impl], bwd[impl], *build) for impl in (None, *IMPLS)}
         self._eager = {impl: f[0] for impl, f in by_impl.items()}
@@ -57,14 +58,21 @@ class Differentiable:
 
     def __call__(self, impl: str | None, options: tuple, *tensors: Tensor | None) -> Any:
         if _is_compiling():
-            return self._traced[impl].apply(options, *tensors)
+            if self._wants_gradient(tensors):
+                return self._traced[impl].apply(options, *tensors)
+            return self._op[impl](*tensors, *options)
         if _functorch_active() or _forward_ad_active():
             return self._transformed[impl].apply(options, *tensors)
+        if self._wants_gradient(tensors):
+            return self._eager[impl](options, *tensors)
+        return self._kernel[impl](*tensors, *options)
+
+    def _wants_gradient(self, tensors: tuple) -> bool:
         if _is_grad_enabled():
             for t in tensors[: self._wrt]:
                 if t is not None and t.requires_grad:
-                    return self._eager[impl](options, *tensors)
-        return self._fwd[impl](*tensors, *options)
+                    return True
+        return False
 
 
 def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
