@@ -1,0 +1,1 @@
+"""Drop-ins with the names, arguments and values of other libraries. None of them imports the library it stands in for."""
