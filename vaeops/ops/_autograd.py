@@ -98,6 +98,8 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
 
         @staticmethod
         def backward(ctx, *grads):
+            # AOTAutograd materializes a gradient of the output that was not asked for: zeros of its shape, [0].
+            grads = tuple(None if g is not None and g.shape == (0,) else g for g in grads)
             return pad(bwd(*grads, *ctx.saved_tensors, *ctx.options), ctx.saved_tensors, ctx.options)
 
     class TransformedBackward(Function):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 INK, MUTED, GRID = "#1f2430", "#5b6270", "#e3e6eb"
 FUSED, REFERENCE = "#0b6e99", "#d9730d"
 # Ten hues that stay apart on white, one a digit.
-DIGITS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777", "#e08e45", "#44aa99", "#332288")
+DIGITS = ("#4477aa", "#ee6677", "#228833", "#b59a1b", "#3aa6cf", "#aa3377", "#777777", "#e08e45", "#44aa99", "#332288")
 _STYLE = {
     "figure.dpi": 150, "savefig.dpi": 150, "figure.facecolor": "white", "font.size": 10, "text.color": INK,
     "axes.edgecolor": MUTED, "axes.labelcolor": INK, "axes.titlesize": 11, "axes.titleweight": "bold",
@@ -75,23 +75,29 @@ def latent_plane(path: Path, title: str, mu: np.ndarray, labels: np.ndarray) -> 
         axes.legend(title="digit", loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.8, alignment="left")
 
 
-def loss_curves(path: Path, title: str, runs: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """runs: two of them, name -> {"recon": [steps], "kl": [steps]}. The second is dashed over the first; below, how far
-    their totals lie apart."""
+def loss_curves(path: Path, title: str, runs: Mapping[str, Mapping[str, np.ndarray]], window: int) -> None:
+    """runs: two of them, name -> {"recon": [steps], "kl": [steps]}, drawn as means over `window` steps, the second dashed
+    over the first; below, how far their totals lie apart at every step."""
     (first, a), (second, b) = runs.items()
     with _figure(path, title, (9.0, 6.0)) as figure:
         grid = figure.add_gridspec(2, 2, height_ratios=(2, 1))
         for column, (key, name) in enumerate((("recon", "Reconstruction"), ("kl", "KL to the prior"))):
             axes = figure.add_subplot(grid[0, column])
-            axes.plot(a[key], color=FUSED, linewidth=3.2, alpha=0.55, label=first)
-            axes.plot(b[key], color=REFERENCE, linewidth=1.0, linestyle=(0, (4, 3)), label=second)
+            axes.plot(*_means(a[key], window), color=FUSED, linewidth=4, alpha=0.5, label=first)
+            axes.plot(*_means(b[key], window), color=REFERENCE, linewidth=1.4, linestyle=(0, (4, 2)), label=second)
             axes.set(title=name, xlabel="step", ylabel="nats per image")
             axes.legend(loc="upper right" if key == "recon" else "lower right")
         axes = figure.add_subplot(grid[1, :])
         totals = [run["recon"] + run["kl"] for run in (a, b)]
         gap = np.abs(totals[0] - totals[1]) / np.abs(totals[1])
         axes.semilogy(np.maximum(gap, 1e-9), color=INK, linewidth=0.8)
-        axes.set(title="Relative difference of the two totals", xlabel="step", ylabel="relative")
+        axes.set(title="Relative difference of the two totals, every step", xlabel="step", ylabel="0 drawn as 1e-9")
+
+
+def _means(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """(middle step, mean) of each full window."""
+    full = values[: len(values) // window * window].reshape(-1, window)
+    return np.arange(len(full)) * window + window / 2, full.mean(1)
 
 
 def benchmark_bars(path: Path, title: str, rows: Sequence[tuple[str, float, float]], names: tuple[str, str]) -> None:
@@ -99,7 +105,8 @@ def benchmark_bars(path: Path, title: str, rows: Sequence[tuple[str, float, floa
     with _figure(path, title, (8.6, 0.75 * len(rows) + 1.7)) as figure:
         axes = figure.subplots()
         place = np.arange(len(rows))
-        longest = max(max(eager, ours) for _, eager, ours in rows)
+        figures = [ms for _, *pair in rows for ms in pair]
+        shortest, longest = min(figures), max(figures)
         for offset, index, name, colour in ((-0.19, 1, names[0], REFERENCE), (0.19, 2, names[1], FUSED)):
             values = [row[index] for row in rows]
             axes.barh(place + offset, values, height=0.36, color=colour, label=name)
@@ -110,7 +117,7 @@ def benchmark_bars(path: Path, title: str, rows: Sequence[tuple[str, float, floa
             axes.annotate(f"{eager / ours:.1f}×", (1.0, y), xycoords=("axes fraction", "data"), ha="right", va="center",
                           fontsize=12, fontweight="bold")  # fmt: skip
         axes.set(xscale="log", xlabel="milliseconds, forward + backward (logarithmic)", yticks=place)
-        axes.set_xlim(right=longest * 12)  # room for the figures beside the longest bar
+        axes.set_xlim(shortest / 2, longest * 10)  # room for the figures beside the longest bar
         axes.set_yticklabels([row[0] for row in rows])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
