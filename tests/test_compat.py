@@ -1,4 +1,4 @@
-"""Drop-ins against an independent statement of what the peer computes, and against the peer where it is installed."""
+"""Drop-ins against an independent statement of the peer's maths, and the peer where it is installed."""
 
 import math
 
@@ -140,7 +140,7 @@ def test_other_dtypes(dtype):
     reduced = torch.float64 if dtype is torch.float64 else torch.float32
     x = moments((2, 4, 4, 4), 3)
     assert q.sample().dtype is q.std.dtype is dtype and q.kl().dtype is q.nll(x.to(dtype)).dtype is reduced
-    tolerance = dict(rtol=1e-5, atol=1e-5)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(q.kl().double(), exact.kl(), **tolerance)
     torch.testing.assert_close(q.nll(x).double(), exact.nll(x.double()), **tolerance)
 
@@ -153,9 +153,15 @@ def test_refuses_other_shapes(bad):
 
 def test_against_diffusers_itself():
     peer = pytest.importorskip("diffusers.models.autoencoders.vae").DiagonalGaussianDistribution
-    parameters, other, x = moments((2, 8, 4, 4), scale=3.0), moments((2, 8, 4, 4), 1), moments((2, 4, 4, 4), 2)
+    parameters, other, x = (
+        moments((2, 8, 4, 4), scale=3.0),
+        moments((2, 8, 4, 4), 1),
+        moments((2, 4, 4, 4), 2),
+    )
     for deterministic in (False, True):
-        ours, theirs = (c(parameters, deterministic=deterministic) for c in (DiagonalGaussianDistribution, peer))
+        ours, theirs = (
+            c(parameters, deterministic=deterministic) for c in (DiagonalGaussianDistribution, peer)
+        )
         for name in ("mean", "logvar", "std", "var"):
             torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
         torch.testing.assert_close(*(d.sample(torch.Generator().manual_seed(3)) for d in (ours, theirs)))
@@ -167,17 +173,23 @@ def test_against_diffusers_itself():
 
 def normals(p_shape=(5, 3), q_shape=(3,), dtype=torch.float64):
     g = torch.Generator().manual_seed(0)
-    draw = lambda s: torch.randn(s, generator=g, dtype=dtype)  # noqa: E731
-    leaves = [t.requires_grad_() for t in (draw(p_shape), draw(p_shape).exp(), draw(q_shape), draw(q_shape).exp())]
+    draw = lambda s: torch.randn(s, generator=g, dtype=dtype)
+    leaves = [
+        t.requires_grad_() for t in (draw(p_shape), draw(p_shape).exp(), draw(q_shape), draw(q_shape).exp())
+    ]
     return leaves, Normal(*leaves[:2]), Normal(*leaves[2:])
 
 
-@pytest.mark.parametrize(("p_shape", "q_shape"), [((5, 3), (3,)), ((3,), (5, 3)), ((5, 1), (1, 3)), ((), ()), ((4,), ())])
+@pytest.mark.parametrize(
+    ("p_shape", "q_shape"), [((5, 3), (3,)), ((3,), (5, 3)), ((5, 1), (1, 3)), ((), ()), ((4,), ())]
+)
 def test_kl_normal(p_shape, q_shape):
     leaves, p, q = normals(p_shape, q_shape)
     ours, theirs = kl_normal(p, q), kl_divergence(p, q)
     torch.testing.assert_close(ours, theirs)
-    for a, b in zip(torch.autograd.grad(2 * ours.sum(), leaves), torch.autograd.grad(2 * theirs.sum(), leaves)):
+    for a, b in zip(
+        torch.autograd.grad(2 * ours.sum(), leaves), torch.autograd.grad(2 * theirs.sum(), leaves)
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -195,5 +207,5 @@ def test_kl_normal_where_the_peer_breaks():
 
 def test_kl_normal_refuses_other_distributions():
     _, p, q = normals()
-    with pytest.raises(TypeError, match="q must be a torch.distributions.Normal, got Independent"):
+    with pytest.raises(TypeError, match=r"q must be a torch\.distributions\.Normal, got Independent"):
         kl_normal(p, torch.distributions.Independent(q, 1))

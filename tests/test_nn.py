@@ -19,7 +19,7 @@ def posterior(*shape):
 def test_latent_in_training_is_reparam_kl(ops):
     mu, logvar = posterior(5, 3)
     prior = (logvar, mu)
-    options = dict(param="logstd", clamp=(-1.0, 0.5), reduction="sample", temperature=0.7)
+    options = {"param": "logstd", "clamp": (-1.0, 0.5), "reduction": "sample", "temperature": 0.7}
     z, kl, seed = GaussianLatent(ops=ops, **options)(mu, logvar, prior=prior, seed=SEED)
     expected = vaeops.reparam_kl(mu, logvar, prior=prior, seed=SEED, **options)
     torch.testing.assert_close(z, expected.z)
@@ -63,7 +63,9 @@ def test_latent_compiles_in_both_modes():
             seed = SEED if mode else None
             got, expected = compiled(mu, logvar, seed=seed), latent(mu, logvar, seed=seed)
             torch.testing.assert_close(got.z, expected.z)
-            for a, b in zip(torch.autograd.grad(got.kl, (mu, logvar)), torch.autograd.grad(expected.kl, (mu, logvar))):
+            for a, b in zip(
+                torch.autograd.grad(got.kl, (mu, logvar)), torch.autograd.grad(expected.kl, (mu, logvar))
+            ):
                 torch.testing.assert_close(a, b)
 
 
@@ -77,7 +79,7 @@ def test_latent_refuses_unknown_ops_and_passes_bad_options_on():
 
 @pytest.mark.parametrize("kind", objectives.SCHEDULES)
 def test_schedule_follows_anneal(kind):
-    options = dict(stop=0.5) | (dict(steps=6, start=0.1) if kind != "constant" else {})
+    options = {"stop": 0.5} | ({"steps": 6, "start": 0.1} if kind != "constant" else {})
     schedule = KLSchedule(kind, **options)
     for i in range(9):
         value = schedule()
@@ -116,11 +118,11 @@ def test_schedule_does_not_recompile():
     ("error", "match", "kind", "options"),
     [
         (ValueError, "kind must be one of .* got 'step'", "step", {}),
-        (TypeError, r"'linear' does not read \['cycles'\]", "linear", dict(steps=3, cycles=2)),
-        (TypeError, r"'constant' does not read \['start'\]", "constant", dict(start=0.0)),
+        (TypeError, r"'linear' does not read \['cycles'\]", "linear", {"steps": 3, "cycles": 2}),
+        (TypeError, r"'constant' does not read \['start'\]", "constant", {"start": 0.0}),
         (TypeError, "'sigmoid' needs steps", "sigmoid", {}),
-        (ValueError, "at least 1, got 0", "linear", dict(steps=0)),
-        (ValueError, "ratio must be in", "cyclical", dict(steps=3, ratio=2.0)),
+        (ValueError, "at least 1, got 0", "linear", {"steps": 0}),
+        (ValueError, "ratio must be in", "cyclical", {"steps": 3, "ratio": 2.0}),
     ],
 )
 def test_schedule_refuses(error, match, kind, options):
@@ -147,7 +149,12 @@ def test_monitor_flags_a_collapsed_posterior():
     mu, logvar = posterior(50, 4)
     mu, logvar = 0.01 * mu, 0.01 * logvar
     monitor.update(mu, vaeops.gaussian_kl(mu, logvar, reduction="dim"))
-    assert monitor.summary() == {"samples": 50, "kl": float(monitor.kl.sum()), "active_units": 0, "collapsed": True}
+    assert monitor.summary() == {
+        "samples": 50,
+        "kl": float(monitor.kl.sum()),
+        "active_units": 0,
+        "collapsed": True,
+    }
 
 
 def test_monitor_takes_spatial_latents_low_precision_and_graphs():

@@ -1,4 +1,4 @@
-"""Compositions on reduced KLs: values and gradients against the formula written out, tracing, bad arguments."""
+"""Compositions on reduced KLs: values and gradients against the formula spelt out, tracing, bad arguments."""
 
 import math
 
@@ -11,7 +11,7 @@ from vaeops import objectives
 
 def posterior(rows=5, dims=3, dtype=torch.float64):
     g = torch.Generator().manual_seed(0)
-    draw = lambda: (0.5 * torch.randn(rows, dims, generator=g, dtype=dtype)).requires_grad_()  # noqa: E731
+    draw = lambda: (0.5 * torch.randn(rows, dims, generator=g, dtype=dtype)).requires_grad_()
     return draw(), draw()
 
 
@@ -96,7 +96,9 @@ def test_kl_balance_scales_each_sides_gradient():
     ours = objectives.kl_balance(q, p, 0.8)
     torch.testing.assert_close(ours, kl)
     inputs = (*q, *p)
-    for scale, a, b in zip((0.2, 0.2, 0.8, 0.8), torch.autograd.grad(ours, inputs), torch.autograd.grad(kl, inputs)):
+    for scale, a, b in zip(
+        (0.2, 0.2, 0.8, 0.8), torch.autograd.grad(ours, inputs), torch.autograd.grad(kl, inputs)
+    ):
         torch.testing.assert_close(a, scale * b)
 
 
@@ -140,7 +142,7 @@ def test_merge_moments_does_not_cancel():
 
 @pytest.mark.parametrize("kind", objectives.SCHEDULES)
 def test_anneal_begins_at_start_and_ends_at_stop(kind):
-    options = dict(steps=40, start=0.25, stop=2.0)
+    options = {"steps": 40, "start": 0.25, "stop": 2.0}
     values = objectives.anneal(torch.arange(61), kind, **options)
     assert values.dtype is torch.float32
     assert values[0] == (2.0 if kind == "constant" else 0.25)
@@ -151,10 +153,10 @@ def test_anneal_begins_at_start_and_ends_at_stop(kind):
 
 
 def test_anneal_formulas():
-    at = lambda step, kind, **o: float(objectives.anneal(torch.tensor(step), kind, steps=100, **o))  # noqa: E731
+    at = lambda step, kind, **o: float(objectives.anneal(torch.tensor(step), kind, steps=100, **o))
     assert at(30, "linear") == pytest.approx(0.3)
     assert at(25, "cosine") == pytest.approx((1 - math.cos(math.pi / 4)) / 2)
-    logistic = lambda t: 1 / (1 + math.exp(-8 * (t - 0.5)))  # noqa: E731
+    logistic = lambda t: 1 / (1 + math.exp(-8 * (t - 0.5)))
     expected = (logistic(0.3) - logistic(0)) / (logistic(1) - logistic(0))
     assert at(30, "sigmoid", steepness=8) == pytest.approx(expected)
     cycle = [at(step, "cyclical", cycles=2, ratio=0.4) for step in (0, 10, 20, 49, 50, 60, 99, 100, 500)]

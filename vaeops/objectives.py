@@ -47,9 +47,13 @@ def free_bits(kl: Tensor, floor: float | Tensor, *, reduction: str = "dim", batc
     if reduction not in _FREE_BITS:
         raise ValueError(f"free_bits: reduction must be one of {_FREE_BITS}, got {reduction!r}")
     if reduction != "none" and batch_ndim != 1:
-        raise ValueError(f"free_bits: batch_ndim is for reduction='none', got {batch_ndim} with {reduction!r}")
+        raise ValueError(
+            f"free_bits: batch_ndim is for reduction='none', got {batch_ndim} with {reduction!r}"
+        )
     if not 0 <= batch_ndim <= kl.dim() and reduction == "none":
-        raise ValueError(f"free_bits: batch_ndim must be in [0, {kl.dim()}] for kl {list(kl.shape)}, got {batch_ndim}")
+        raise ValueError(
+            f"free_bits: batch_ndim must be in [0, {kl.dim()}] for kl {list(kl.shape)}, got {batch_ndim}"
+        )
     floored = kl.clamp(min=floor).sum()
     if reduction == "dim":
         return floored
@@ -102,7 +106,11 @@ def kl_balance(posterior: tuple[Tensor, Tensor], prior: tuple[Tensor, Tensor], a
     if not 0 <= alpha <= 1:
         raise ValueError(f"kl_balance: alpha must be in [0, 1], got {alpha}")
     for name, pair in (("posterior", posterior), ("prior", prior)):
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(t, Tensor) for t in pair):
+        if (
+            not isinstance(pair, (tuple, list))
+            or len(pair) != 2
+            or not all(isinstance(t, Tensor) for t in pair)
+        ):
             raise TypeError(f"kl_balance: {name} must be two tensors (mu, logvar)")
 
     def kl(q: tuple[Tensor, ...], p: tuple[Tensor, ...]) -> Tensor:
@@ -222,7 +230,9 @@ def anneal(step: Tensor, kind: str, *, steps: int = 1, start: float = 0.0, stop:
     if steps < 1 or cycles < 1:
         raise ValueError(f"anneal: steps and cycles must be at least 1, got {steps} and {cycles}")
     if not 0 < ratio <= 1 or not 0 < steepness < math.inf:
-        raise ValueError(f"anneal: ratio must be in (0, 1] and steepness positive, got {ratio} and {steepness}")
+        raise ValueError(
+            f"anneal: ratio must be in (0, 1] and steepness positive, got {ratio} and {steepness}"
+        )
     t = (step / steps).clamp(0, 1)
     if kind == "constant":
         rise = torch.ones_like(t)

@@ -31,7 +31,9 @@ class DiagonalGaussianDistribution:
 
     def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
         if not isinstance(parameters, Tensor):
-            raise TypeError(f"DiagonalGaussianDistribution: parameters must be a tensor, got {type(parameters).__name__}")
+            raise TypeError(
+                f"DiagonalGaussianDistribution: parameters must be a tensor, got {type(parameters).__name__}"
+            )
         if parameters.dim() < 2 or parameters.shape[1] % 2:
             raise ValueError(
                 f"DiagonalGaussianDistribution: parameters must be [B, 2C, ...], got {list(parameters.shape)}"
@@ -77,7 +79,9 @@ class DiagonalGaussianDistribution:
         mu, logvar = self.parameters.chunk(2, 1)
         if other is not None:
             if other.deterministic:
-                raise ValueError("DiagonalGaussianDistribution.kl: other is deterministic, the KL to it is infinite")
+                raise ValueError(
+                    "DiagonalGaussianDistribution.kl: other is deterministic, the KL to it is infinite"
+                )
             return gaussian_kl(mu, logvar, prior=(other.mean, other.logvar), clamp=_CLAMP, reduction="sample")
         if self._kl is not None and self._kl[0] == torch.is_grad_enabled():
             kl, self._kl = self._kl[1], None  # handed out once: its graph can be freed with the caller's

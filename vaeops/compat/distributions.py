@@ -7,7 +7,9 @@ from torch.distributions import Normal
 from ..ops.gaussian import gaussian_kl
 
 
-def kl_normal(p: Normal, q: Normal, *, reduction: str = "none", batch_ndim: int = 1, impl: str | None = None) -> Tensor:
+def kl_normal(
+    p: Normal, q: Normal, *, reduction: str = "none", batch_ndim: int = 1, impl: str | None = None
+) -> Tensor:
     """KL(p || q) in nats; `torch.distributions.kl_divergence(p, q)` with the reduction in the same pass.
 
         ((mu_p - mu_q) / s_q)^2 / 2 + (s_p / s_q)^2 / 2 - 1 / 2 - log(s_p / s_q)

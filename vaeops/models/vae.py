@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import rng
 from ..nn import GaussianLatent
+import itertools
 
 
 class VAEOutput(NamedTuple):
@@ -61,6 +62,6 @@ class MLPVAE(nn.Module):
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths[:-1], widths[1:]):
+    for fan_in, fan_out in itertools.pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])

@@ -33,7 +33,13 @@ class GaussianLatent(nn.Module):
             raise ValueError(f"GaussianLatent: ops must be one of {tuple(OPS)}, got {ops!r}")
         self.ops = ops
         self.temperature = temperature
-        self.options: dict[str, Any] = dict(param=param, clamp=clamp, reduction=reduction, batch_ndim=batch_ndim, impl=impl)
+        self.options: dict[str, Any] = {
+            "param": param,
+            "clamp": clamp,
+            "reduction": reduction,
+            "batch_ndim": batch_ndim,
+            "impl": impl,
+        }
 
     def forward(self, mu: Tensor, logvar: Tensor, *, prior: tuple[Tensor, Tensor] | None = None,
                 seed: Tensor | None = None, generator: torch.Generator | None = None,
@@ -81,7 +87,9 @@ class KLSchedule(nn.Module):
             raise ValueError(f"KLSchedule: kind must be one of {tuple(self._READS)}, got {kind!r}")
         unread = sorted(set(options) - self._READS[kind])
         if unread:
-            raise TypeError(f"KLSchedule: {kind!r} does not read {unread}; it reads {sorted(self._READS[kind])}")
+            raise TypeError(
+                f"KLSchedule: {kind!r} does not read {unread}; it reads {sorted(self._READS[kind])}"
+            )
         if kind != "constant" and "steps" not in options:
             raise TypeError(f"KLSchedule: {kind!r} needs steps")
         self.kind, self.options = kind, options

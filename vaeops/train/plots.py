@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -11,8 +12,19 @@ from matplotlib.figure import Figure
 INK, MUTED, GRID = "#1f2430", "#5b6270", "#e3e6eb"
 FUSED, REFERENCE = "#0b6e99", "#d9730d"
 # Ten hues that stay apart on white, one a digit.
-DIGITS = ("#4477aa", "#ee6677", "#228833", "#b59a1b", "#3aa6cf", "#aa3377", "#777777", "#e08e45", "#44aa99", "#332288")
-_STYLE = {
+DIGITS = (
+    "#4477aa",
+    "#ee6677",
+    "#228833",
+    "#b59a1b",
+    "#3aa6cf",
+    "#aa3377",
+    "#777777",
+    "#e08e45",
+    "#44aa99",
+    "#332288",
+)
+_STYLE: dict[Any, Any] = {
     "figure.dpi": 150, "savefig.dpi": 150, "figure.facecolor": "white", "font.size": 10, "text.color": INK,
     "axes.edgecolor": MUTED, "axes.labelcolor": INK, "axes.titlesize": 11, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -68,11 +80,15 @@ def latent_plane(path: Path, title: str, mu: np.ndarray, labels: np.ndarray) -> 
             points = mu[labels == digit]
             if len(points) == 0:
                 continue
-            axes.scatter(*points.T, s=14, color=colour, alpha=0.75, linewidths=0, label=str(digit))
+            axes.scatter(
+                points[:, 0], points[:, 1], s=14, color=colour, alpha=0.75, linewidths=0, label=str(digit)
+            )
             axes.annotate(str(digit), np.median(points, axis=0), ha="center", va="center", fontsize=12, fontweight="bold",
-                          color=colour, bbox=dict(boxstyle="circle,pad=0.2", facecolor="white", edgecolor=colour))  # fmt: skip
+                          color=colour, bbox={"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": colour})  # fmt: skip
         axes.set(xlabel="posterior mean, dimension 1", ylabel="posterior mean, dimension 2", aspect="equal")
-        axes.legend(title="digit", loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.8, alignment="left")
+        axes.legend(
+            title="digit", loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.8, alignment="left"
+        )
 
 
 def loss_curves(path: Path, title: str, runs: Mapping[str, Mapping[str, np.ndarray]], window: int) -> None:
@@ -84,14 +100,18 @@ def loss_curves(path: Path, title: str, runs: Mapping[str, Mapping[str, np.ndarr
         for column, (key, name) in enumerate((("recon", "Reconstruction"), ("kl", "KL to the prior"))):
             axes = figure.add_subplot(grid[0, column])
             axes.plot(*_means(a[key], window), color=FUSED, linewidth=4, alpha=0.5, label=first)
-            axes.plot(*_means(b[key], window), color=REFERENCE, linewidth=1.4, linestyle=(0, (4, 2)), label=second)
+            axes.plot(
+                *_means(b[key], window), color=REFERENCE, linewidth=1.4, linestyle=(0, (4, 2)), label=second
+            )
             axes.set(title=name, xlabel="step", ylabel="nats per image")
             axes.legend(loc="upper right" if key == "recon" else "lower right")
         axes = figure.add_subplot(grid[1, :])
         totals = [run["recon"] + run["kl"] for run in (a, b)]
         gap = np.abs(totals[0] - totals[1]) / np.abs(totals[1])
         axes.semilogy(np.maximum(gap, 1e-9), color=INK, linewidth=0.8)
-        axes.set(title="Relative difference of the two totals, every step", xlabel="step", ylabel="0 drawn as 1e-9")
+        axes.set(
+            title="Relative difference of the two totals, every step", xlabel="step", ylabel="0 drawn as 1e-9"
+        )
 
 
 def _means(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,7 +120,9 @@ def _means(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(len(full)) * window + window / 2, full.mean(1)
 
 
-def benchmark_bars(path: Path, title: str, rows: Sequence[tuple[str, float, float]], names: tuple[str, str]) -> None:
+def benchmark_bars(
+    path: Path, title: str, rows: Sequence[tuple[str, float, float]], names: tuple[str, str]
+) -> None:
     """rows: (size, eager ms, ours ms), shortest first; names of the two. Logarithmic, the ratio beside the pair."""
     with _figure(path, title, (8.6, 0.75 * len(rows) + 1.7)) as figure:
         axes = figure.subplots()
