@@ -173,7 +173,10 @@ def test_against_diffusers_itself():
 
 def normals(p_shape=(5, 3), q_shape=(3,), dtype=torch.float64):
     g = torch.Generator().manual_seed(0)
-    draw = lambda s: torch.randn(s, generator=g, dtype=dtype)
+
+    def draw(s):
+        return torch.randn(s, generator=g, dtype=dtype)
+
     leaves = [
         t.requires_grad_() for t in (draw(p_shape), draw(p_shape).exp(), draw(q_shape), draw(q_shape).exp())
     ]

@@ -6,7 +6,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 image = pytest.importorskip("matplotlib.image")
 
-from vaeops.train import demo
+from vaeops.train import demo  # noqa: E402
 
 
 def test_demo_prints_tables_and_writes_pictures(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,10 @@ from vaeops import objectives
 
 def posterior(rows=5, dims=3, dtype=torch.float64):
     g = torch.Generator().manual_seed(0)
-    draw = lambda: (0.5 * torch.randn(rows, dims, generator=g, dtype=dtype)).requires_grad_()
+
+    def draw():
+        return (0.5 * torch.randn(rows, dims, generator=g, dtype=dtype)).requires_grad_()
+
     return draw(), draw()
 
 
@@ -153,10 +156,16 @@ def test_anneal_begins_at_start_and_ends_at_stop(kind):
 
 
 def test_anneal_formulas():
-    at = lambda step, kind, **o: float(objectives.anneal(torch.tensor(step), kind, steps=100, **o))
+
+    def at(step, kind, **o):
+        return float(objectives.anneal(torch.tensor(step), kind, steps=100, **o))
+
     assert at(30, "linear") == pytest.approx(0.3)
     assert at(25, "cosine") == pytest.approx((1 - math.cos(math.pi / 4)) / 2)
-    logistic = lambda t: 1 / (1 + math.exp(-8 * (t - 0.5)))
+
+    def logistic(t):
+        return 1 / (1 + math.exp(-8 * (t - 0.5)))
+
     expected = (logistic(0.3) - logistic(0)) / (logistic(1) - logistic(0))
     assert at(30, "sigmoid", steepness=8) == pytest.approx(expected)
     cycle = [at(step, "cyclical", cycles=2, ratio=0.4) for step in (0, 10, 20, 49, 50, 60, 99, 100, 500)]
@@ -186,26 +195,53 @@ def test_compositions_trace():
     ("error", "match", "call"),
     [
         (TypeError, "free_bits: kl must be a tensor, got float", lambda: objectives.free_bits(1.0, 0.1)),
-        (TypeError, "floating point, got torch.int64", lambda: objectives.free_bits(torch.ones(3).long(), 0.1)),
-        (ValueError, "floor must be finite and >= 0, got -1", lambda: objectives.free_bits(torch.ones(3), -1)),
-        (TypeError, "floor must be a float or a tensor, got str", lambda: objectives.free_bits(torch.ones(3), "a")),
+        (
+            TypeError,
+            "floating point, got torch.int64",
+            lambda: objectives.free_bits(torch.ones(3).long(), 0.1),
+        ),
+        (
+            ValueError,
+            "floor must be finite and >= 0, got -1",
+            lambda: objectives.free_bits(torch.ones(3), -1),
+        ),
+        (
+            TypeError,
+            "floor must be a float or a tensor, got str",
+            lambda: objectives.free_bits(torch.ones(3), "a"),
+        ),
         (ValueError, "got 'mean'", lambda: objectives.free_bits(torch.ones(3), 0.1, reduction="mean")),
         (ValueError, "batch_ndim is for", lambda: objectives.free_bits(torch.ones(3), 0.1, batch_ndim=2)),
-        (ValueError, r"in \[0, 1\]",
-         lambda: objectives.free_bits(torch.ones(3), 0.1, reduction="none", batch_ndim=2)),
+        (
+            ValueError,
+            r"in \[0, 1\]",
+            lambda: objectives.free_bits(torch.ones(3), 0.1, reduction="none", batch_ndim=2),
+        ),
         (ValueError, "target must be finite", lambda: objectives.capacity(torch.ones(3), math.inf)),
-        (ValueError, r"alpha must be in \[0, 1\], got 2", lambda: objectives.kl_balance(posterior(), posterior(), 2)),
+        (
+            ValueError,
+            r"alpha must be in \[0, 1\], got 2",
+            lambda: objectives.kl_balance(posterior(), posterior(), 2),
+        ),
         (TypeError, "alpha must be a float", lambda: objectives.kl_balance(posterior(), posterior(), None)),
         (TypeError, "prior must be two tensors", lambda: objectives.kl_balance(posterior(), None)),
         (ValueError, r"kl must be \[\*B, G\], got \[3\]", lambda: objectives.balance_groups(torch.ones(3))),
-        (ValueError, r"a tensor \[3\], got \[2\]", lambda: objectives.balance_groups(torch.ones(2, 3), torch.ones(2))),
+        (
+            ValueError,
+            r"a tensor \[3\], got \[2\]",
+            lambda: objectives.balance_groups(torch.ones(2, 3), torch.ones(2)),
+        ),
         (TypeError, "statistic must be a tensor", lambda: objectives.active_units([1.0])),
         (ValueError, "kind must be one of", lambda: objectives.anneal(torch.tensor(1), "steps")),
         (TypeError, "step must be a tensor", lambda: objectives.anneal(1, "linear")),
         (ValueError, "at least 1, got 0", lambda: objectives.anneal(torch.tensor(1), "linear", steps=0)),
-        (ValueError, r"ratio must be in \(0, 1\]", lambda: objectives.anneal(torch.tensor(1), "cyclical", ratio=0.0)),
+        (
+            ValueError,
+            r"ratio must be in \(0, 1\]",
+            lambda: objectives.anneal(torch.tensor(1), "cyclical", ratio=0.0),
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments(error, match, call):
     with pytest.raises(error, match=match):
         call()

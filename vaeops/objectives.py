@@ -1,8 +1,8 @@
-"""What a training objective does to an already reduced KL: free bits, capacity, balancing, annealing, collapse.
+"""What an objective does to an already reduced KL: free bits, capacity, balancing, annealing, collapse.
 
-None of it needs the latent's elements again, so none of it is an option of a kernel: call `gaussian_kl` or `reparam_kl`
-with the reduction that the objective wants, and hand its `kl` on. Everything here is differentiable PyTorch on small
-tensors, traces under torch.compile and never synchronises with the host.
+None of it needs the latent's elements again, so none of it is an option of a kernel: call `gaussian_kl` or
+`reparam_kl` with the reduction that the objective wants, and hand its `kl` on. Everything here is
+differentiable PyTorch on small tensors, traces under torch.compile and never synchronises with the host.
 
     latent = vaeops.reparam_kl(mu, logvar, reduction="dim")
     loss = recon + beta() * objectives.free_bits(latent.kl, 0.1)
@@ -26,11 +26,11 @@ def free_bits(kl: Tensor, floor: float | Tensor, *, reduction: str = "dim", batc
         "none"    mean_b sum_d max(floor, kl_bd)     kl [*B, *E], each sample and dim for itself
         "sample"  mean_b max(floor, kl_b)            kl [*B], each sample's total
 
-    The three differ: "none" floors before the batch mean, so its value is never below that of "dim" with the same floor.
+    "none" floors before the batch mean, so its value is never below that of "dim" with the same floor.
 
     Args:
-        kl: the result of `gaussian_kl` or `reparam_kl` with the same `reduction`. A group of dims with one floor (a layer
-            of a ladder) is the sum of its dims: pass [G] as "dim", [*B, G] as "none".
+        kl: the result of `gaussian_kl` or `reparam_kl` with the same `reduction`. A group of dims with one
+            floor (a layer of a ladder) is the sum of its dims: pass [G] as "dim", [*B, G] as "none".
         floor: nats; a float >= 0, or a tensor that broadcasts to kl (another floor per dim, or a schedule).
         batch_ndim: how many leading dims of kl are batch; read with "none" alone, 1 otherwise.
 
@@ -40,7 +40,7 @@ def free_bits(kl: Tensor, floor: float | Tensor, *, reduction: str = "dim", batc
     Raises:
         TypeError, ValueError: naming the argument, what came and what is taken.
 
-    Source: Kingma et al., "Improving Variational Inference with Inverse Autoregressive Flow", 2016, appendix C.8.
+    Source: Kingma et al., "Improving Variational Inference with Inverse Autoregressive Flow", 2016.
     """
     _check_kl("free_bits", kl)
     _check_number("free_bits", "floor", floor)
@@ -66,7 +66,7 @@ def capacity(kl: Tensor, target: float | Tensor) -> Tensor:
 
     The shape of kl says which of the two published forms it is:
         []      |mean_b kl_b - C|     kl by "batchmean": the batch as a whole carries C (Burgess et al.)
-        [*B]    mean_b |kl_b - C|     kl by "sample": every sample carries C (as pythae has it); never the smaller
+        [*B]    mean_b |kl_b - C|     kl by "sample": every sample carries C; never below the other
 
     Args:
         kl: 0-d, or [*B].
@@ -89,10 +89,10 @@ def kl_balance(posterior: tuple[Tensor, Tensor], prior: tuple[Tensor, Tensor], a
 
         alpha KL(sg q || p) + (1 - alpha) KL(q || sg p)          sg: stop-gradient
 
-    The value is KL(q || p) for every alpha; the prior's gradient is scaled by alpha, the posterior's by 1 - alpha.
+    The value is KL(q || p) for every alpha; the prior's gradient is scaled by alpha, q's by 1 - alpha.
 
     Args:
-        posterior, prior: (mu, logvar) each, as `gaussian_kl` takes them; the prior broadcasts to the posterior.
+        posterior, prior: (mu, logvar) each, as `gaussian_kl` takes them; the prior broadcasts.
         alpha: in [0, 1].
         param, reduction, batch_ndim, impl: as in `gaussian_kl`.
 
@@ -114,8 +114,8 @@ def kl_balance(posterior: tuple[Tensor, Tensor], prior: tuple[Tensor, Tensor], a
             raise TypeError(f"kl_balance: {name} must be two tensors (mu, logvar)")
 
     def kl(q: tuple[Tensor, ...], p: tuple[Tensor, ...]) -> Tensor:
-        return gaussian_kl(q[0], q[1], prior=(p[0], p[1]), param=param, reduction=reduction, batch_ndim=batch_ndim,
-                           impl=impl)  # fmt: skip
+        return gaussian_kl(q[0], q[1], prior=(p[0], p[1]), param=param, reduction=reduction,
+                           batch_ndim=batch_ndim, impl=impl)  # fmt: skip
 
     stopped_q, stopped_p = tuple(t.detach() for t in posterior), tuple(t.detach() for t in prior)
     return alpha * kl(stopped_q, tuple(prior)) + (1 - alpha) * kl(tuple(posterior), stopped_p)
@@ -126,7 +126,7 @@ def balance_groups(kl: Tensor, size: Tensor | None = None) -> Tensor:
 
         c_g = (mean_b |kl_bg| + 0.01) / size_g,   c_g /= mean_g c_g,   result_b = sum_g c_g kl_bg
 
-    A group with a small KL gets a small weight, hence little pressure to shrink further. The weights have no gradient.
+    A group with a small KL gets a small weight, hence little pressure to shrink. Weights have no gradient.
 
     Args:
         kl: [*B, G], the KL of each sample and group in nats.
@@ -182,7 +182,8 @@ def collapsed(kl_dim: Tensor, threshold: float = 0.01) -> Tensor:
 def merge_moments(count: Tensor, mean: Tensor, m2: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Take a batch into a running count, mean and sum of squared deviations, without cancellation.
 
-        n = count + B,   d = mean_b x - mean,   mean' = mean + d B / n,   m2' = m2 + sum_b (x - mean_b x)^2 + d^2 count B / n
+        n = count + B,   d = mean_b x - mean
+        mean' = mean + d B / n,   m2' = m2 + sum_b (x - mean_b x)^2 + d^2 count B / n
 
     Args:
         count: int64 []. mean, m2: [*E], zeros to begin with. x: [B, *E].
@@ -190,7 +191,8 @@ def merge_moments(count: Tensor, mean: Tensor, m2: Tensor, x: Tensor) -> tuple[T
     Returns:
         (count, mean, m2), new tensors. The unbiased variance is m2 / (count - 1).
 
-    Source: Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    Source: Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+    variances", 1979.
     """
     batch = x.shape[0]
     x = x.to(mean.dtype)
@@ -209,9 +211,9 @@ def anneal(step: Tensor, kind: str, *, steps: int = 1, start: float = 0.0, stop:
         "linear"    start + (stop - start) t
         "cosine"    start + (stop - start) (1 - cos pi t) / 2
         "sigmoid"   start + (stop - start) (1 + tanh(k (t - 1/2) / 2) / tanh(k / 4)) / 2      k = steepness
-        "cyclical"  `cycles` linear rises, each followed by a rest at `stop`: it rises for the first `ratio` of its length
+        "cyclical"  `cycles` equal parts: a linear rise over the first `ratio` of each, then a rest at stop
 
-    The sigmoid is the logistic curve of slope k, stretched so that it begins at `start` and ends at `stop` exactly.
+    The sigmoid is the logistic curve of slope k, stretched to begin at `start` and end at `stop` exactly.
 
     Args:
         step: int64 or floating tensor, any shape, on the device where the value is wanted.
@@ -220,8 +222,8 @@ def anneal(step: Tensor, kind: str, *, steps: int = 1, start: float = 0.0, stop:
     Returns:
         fp32 of step's shape (fp64 for fp64).
 
-    Source: cyclical: Fu et al., "Cyclical Annealing Schedule", 2019; sigmoid: Bowman et al., "Generating Sentences from
-    a Continuous Space", 2016.
+    Source: cyclical: Fu et al., "Cyclical Annealing Schedule", 2019; sigmoid: Bowman et al., "Generating
+    Sentences from a Continuous Space", 2016.
     """
     if kind not in SCHEDULES:
         raise ValueError(f"anneal: kind must be one of {SCHEDULES}, got {kind!r}")

@@ -1,1 +1,1 @@
-"""Drop-ins with the names, arguments and values of other libraries. None of them imports the library it stands in for."""
+"""Drop-ins with the names, arguments and values of other libraries, none of which they import."""

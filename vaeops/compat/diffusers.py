@@ -11,17 +11,17 @@ _CLAMP = (-30.0, 20.0)
 
 
 class DiagonalGaussianDistribution:
-    """q = N(mean, exp(logvar)) from an autoencoder's moments; the methods, arguments and values of diffusers' class.
+    """q = N(mean, exp(logvar)) from an autoencoder's moments, as diffusers' class has it.
 
     Args:
-        parameters: [B, 2C, ...], any rank from 2 on: mean = first half of dim 1, logvar = second half, clamped to
-            [-30, 20].
+        parameters: [B, 2C, ...], any rank from 2 on: mean = first half of dim 1, logvar = second half,
+            clamped to [-30, 20].
         deterministic: q is a point mass: `sample` gives the mean, std and var are 0, `kl` and `nll` are 0.
 
     Where it differs from the peer, on purpose:
-        - `kl`, and `nll` by default, sum over every dim but the first. The peer sums over dims 1, 2, 3 whatever the
-          rank: for video [B, C, T, H, W] it returns [B, W], for [B, D] or [B, C, L] it raises.
-        - `kl` and `nll` are fp32 for fp16 and bf16 moments. The peer's are in the input's dtype, where they overflow.
+        - `kl`, and `nll` by default, sum over every dim but the first. The peer sums over dims 1, 2, 3
+          whatever the rank: for video [B, C, T, H, W] it returns [B, W], for [B, D] or [B, C, L] it raises.
+        - `kl` and `nll` are fp32 for fp16 and bf16 moments. The peer's are in the input's dtype and overflow.
         - A deterministic `kl` or `nll` is zeros [B] on the moments' device; the peer's is a CPU tensor [1].
         - `kl` to a deterministic `other` raises; the peer divides by zero.
         - std, var and logvar are made when asked for, and cannot be assigned.
@@ -62,8 +62,9 @@ class DiagonalGaussianDistribution:
         """mean + std * eps, [B, C, ...] in the moments' dtype.
 
         Args:
-            generator: torch's own normals from it, so that z is the peer's z; or one generator a sample. A CPU generator
-                serves moments on another device, as with the peer. None: vaeops' noise stream, made in the kernel.
+            generator: torch's own normals from it, so that z is the peer's z; or one generator a sample. A
+                CPU generator serves moments on another device, as with the peer. None: vaeops' noise stream,
+                made in the kernel.
         """
         eps = None if generator is None else self._draw(generator)
         if self.deterministic:
@@ -73,7 +74,7 @@ class DiagonalGaussianDistribution:
         return z
 
     def kl(self, other: "DiagonalGaussianDistribution | None" = None) -> Tensor:
-        """KL(self || other), or to N(0, I): [B] in nats, fp32 (fp64 for fp64). `other`: this class or the peer's."""
+        """KL(self || other), or to N(0, I): [B] in nats, fp32 (fp64 for fp64). other: ours or the peer's."""
         if self.deterministic:
             return self._zero()
         mu, logvar = self.parameters.chunk(2, 1)
@@ -107,7 +108,7 @@ class DiagonalGaussianDistribution:
         return self.parameters.new_zeros(self.parameters.shape[0], dtype=dtype)
 
     def _draw(self, generator: torch.Generator | Sequence[torch.Generator]) -> Tensor:
-        """torch.randn of the mean's shape on the generator's device, then on the moments'; sample by sample for a list."""
+        """torch.randn of the mean's shape, drawn on the generator's device; sample by sample for a list."""
         shape, dtype, device = self.mean.shape, self.parameters.dtype, self.parameters.device
 
         def draw(size: tuple[int, ...], g: torch.Generator) -> Tensor:
@@ -119,7 +120,7 @@ class DiagonalGaussianDistribution:
             return draw(shape, generator[0])
         if len(generator) != shape[0]:
             raise ValueError(
-                f"DiagonalGaussianDistribution.sample: generator must be one, or one for each of the {shape[0]} samples, "
-                f"got {len(generator)}"
+                f"DiagonalGaussianDistribution.sample: generator must be one, or one for each of "
+                f"the {shape[0]} samples, got {len(generator)}"
             )
         return torch.cat([draw((1, *shape[1:]), g) for g in generator])

@@ -14,12 +14,12 @@ def kl_normal(
 
         ((mu_p - mu_q) / s_q)^2 / 2 + (s_p / s_q)^2 / 2 - 1 / 2 - log(s_p / s_q)
 
-    Near p = q it is summed as a series, where the peer's form cancels; and it stays finite for s_p / s_q below 1e-23, where
-    the peer's is infinite.
+    Near p = q it is summed as a series, where the peer's form cancels; and it stays finite for s_p / s_q
+    below 1e-23, where the peer's is infinite.
 
     Args:
         p, q: Normals whose shapes broadcast; gradients reach the locs and scales of both.
-        reduction, batch_ndim, impl: as in `vaeops.gaussian_kl`, over the broadcast shape. "none" is the peer's result.
+        reduction, batch_ndim, impl: as in `vaeops.gaussian_kl`, over the broadcast shape.
 
     Returns:
         fp32 (fp64 for fp64).
@@ -31,5 +31,12 @@ def kl_normal(
         if not isinstance(d, Normal):
             raise TypeError(f"kl_normal: {name} must be a torch.distributions.Normal, got {type(d).__name__}")
     shape = torch.broadcast_shapes(p.loc.shape, q.loc.shape)
-    return gaussian_kl(p.loc.expand(shape), p.scale.expand(shape), prior=(q.loc, q.scale), param="std",
-                       reduction=reduction, batch_ndim=0 if reduction == "none" else batch_ndim, impl=impl)  # fmt: skip
+    return gaussian_kl(
+        p.loc.expand(shape),
+        p.scale.expand(shape),
+        prior=(q.loc, q.scale),
+        param="std",
+        reduction=reduction,
+        batch_ndim=0 if reduction == "none" else batch_ndim,
+        impl=impl,
+    )

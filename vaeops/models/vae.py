@@ -1,5 +1,6 @@
 """Variational autoencoders of fully connected layers."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,11 +9,10 @@ from torch import Tensor, nn
 
 from .. import rng
 from ..nn import GaussianLatent
-import itertools
 
 
 class VAEOutput(NamedTuple):
-    """logits [B, D_in] of the reconstruction; the posterior's mu and logvar [B, D]; z [B, D]; kl [D], batch mean per dim."""
+    """logits [B, in_dim] of the reconstruction; mu, logvar, z [B, latent]; kl [latent], its batch mean."""
 
     logits: Tensor
     mu: Tensor
@@ -31,8 +31,8 @@ class MLPVAE(nn.Module):
         hidden: widths of the encoder's hidden layers; the decoder mirrors them.
         ops: "fused" for vaeops' kernels, "ref" for the PyTorch reference.
 
-    Source: Kingma & Welling, "Auto-Encoding Variational Bayes", 2014, appendix C.1 (Bernoulli decoder) with ReLU for
-    tanh; (784, (256, 256), 20) is the usual MNIST lesson.
+    Source: Kingma & Welling, "Auto-Encoding Variational Bayes", 2014, appendix C.1 (Bernoulli decoder) with
+    ReLU for tanh; (784, (256, 256), 20) is the usual MNIST lesson.
     """
 
     def __init__(self, in_dim: int, hidden: Sequence[int], latent: int, *, ops: str = "fused") -> None:
@@ -56,7 +56,7 @@ class MLPVAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, seed: Tensor) -> Tensor:
-        """n decoded draws from the prior: probabilities [n, in_dim]. seed: int64 [2] on the model's device."""
+        """n decoded draws from the prior, probabilities [n, in_dim]; seed int64 [2] on the model's device."""
         return self.decoder(rng.normal((n, self.latent_dim), seed)).sigmoid()
 
 

@@ -2,6 +2,10 @@
 
 from .latent import (
     GaussianLatent as GaussianLatent,
+)
+from .latent import (
     KLSchedule as KLSchedule,
+)
+from .latent import (
     PosteriorMonitor as PosteriorMonitor,
 )

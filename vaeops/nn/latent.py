@@ -1,6 +1,6 @@
-"""The latent of a VAE as modules: the sampling layer, the weight of its KL over time, and a watch on its health."""
+"""The latent of a VAE as modules: the sampling layer, its KL's weight over time, a watch on its health."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ OPS = {"fused": fused, "ref": ref}
 class GaussianLatent(nn.Module):
     """Sample of q = N(mu, sigma^2) and its KL, as a layer: `vaeops.reparam_kl` with the options given here.
 
-    In training z is drawn; in eval z is the mode, mu, unless the call itself gives noise (seed, generator or eps).
+    In training z is drawn; in eval z is the mode, mu, unless the call gives noise (seed, generator or eps).
 
     Args:
         param, clamp, reduction, batch_ndim, temperature, impl: as in `vaeops.reparam_kl`.
@@ -26,8 +26,8 @@ class GaussianLatent(nn.Module):
     """
 
     def __init__(self, *, param: str = "logvar", clamp: tuple[float, float] | None = None,
-                 reduction: str = "batchmean", batch_ndim: int = 1, temperature: float = 1.0, impl: str | None = None,
-                 ops: str = "fused") -> None:  # fmt: skip
+                 reduction: str = "batchmean", batch_ndim: int = 1, temperature: float = 1.0,
+                 impl: str | None = None, ops: str = "fused") -> None:  # fmt: skip
         super().__init__()
         if ops not in OPS:
             raise ValueError(f"GaussianLatent: ops must be one of {tuple(OPS)}, got {ops!r}")
@@ -47,8 +47,8 @@ class GaussianLatent(nn.Module):
         """prior, seed, generator, eps: as in `vaeops.reparam_kl`."""
         ops = OPS[self.ops]
         if self.training or not (seed is None and generator is None and eps is None):
-            return ops.reparam_kl(mu, logvar, prior=prior, temperature=self.temperature, seed=seed, generator=generator,
-                                  eps=eps, **self.options)  # fmt: skip
+            return ops.reparam_kl(mu, logvar, prior=prior, temperature=self.temperature, seed=seed,
+                                  generator=generator, eps=eps, **self.options)  # fmt: skip
         kl = ops.gaussian_kl(mu, logvar, prior=prior, **self.options)
         return LatentOutput(torch.broadcast_tensors(mu, logvar)[0], kl, None)
 
@@ -58,22 +58,22 @@ class GaussianLatent(nn.Module):
 
 
 class KLSchedule(nn.Module):
-    """The KL's weight (or capacity) over training: `objectives.anneal` of a step counter that lives on the device.
+    """The KL's weight (or capacity) over training: `objectives.anneal` of a step counter on the device.
 
-    Calling it gives a 0-d fp32 tensor on the module's device: a changing weight neither recompiles a graph nor waits
-    for the device, and the counter travels in the state_dict.
+    Calling it gives a 0-d fp32 tensor on the module's device: a changing weight neither recompiles a graph
+    nor waits for the device, and the counter travels in the state_dict.
 
         beta = KLSchedule("cyclical", steps=10_000, cycles=4).to(device)
         loss = recon + beta() * kl;  ...;  beta.step()
 
     Args:
         kind: "constant" | "linear" | "cyclical" | "cosine" | "sigmoid"; formulas in `objectives.anneal`.
-        options: those of `objectives.anneal` that the kind reads: stop for all; steps, start for all but "constant";
-            cycles, ratio for "cyclical"; steepness for "sigmoid". Any other raises.
+        options: those of `objectives.anneal` that the kind reads: stop for all; steps, start for all but
+            "constant"; cycles, ratio for "cyclical"; steepness for "sigmoid". Any other raises.
     """
 
     count: Tensor
-    _READS = {
+    _READS: ClassVar = {
         "constant": {"stop"},
         "linear": {"stop", "steps", "start"},
         "cosine": {"stop", "steps", "start"},
@@ -109,14 +109,14 @@ class KLSchedule(nn.Module):
 
 
 class PosteriorMonitor(nn.Module):
-    """Running health of a latent: KL per dimension, active units, collapse. Nothing waits for the device until read.
+    """Running health of a latent: KL per dimension, active units, collapse. No host sync until read.
 
         latent = reparam_kl(mu, logvar, reduction="dim");  monitor.update(mu, latent.kl)
         ...;  print(monitor.summary());  monitor.reset()
 
-    A unit is active when the variance over the data of its posterior mean exceeds `threshold` (Burda et al., 2016).
-    Averages run over every sample since `reset`; the network moves meanwhile, so reset every epoch. Each process of a
-    data-parallel run keeps its own.
+    A unit is active when the variance over the data of its posterior mean exceeds `threshold` (Burda et al.,
+    2016). Averages run over every sample since `reset`; the network moves meanwhile, so reset every epoch.
+    Each process of a data-parallel run keeps its own.
 
     Args:
         shape: D, or the latent's shape [*E].
@@ -139,7 +139,7 @@ class PosteriorMonitor(nn.Module):
 
     @torch.no_grad()
     def update(self, mu: Tensor, kl_dim: Tensor) -> None:
-        """mu [*B, *E], the posterior means of a batch; kl_dim [*E], the same batch's KL by `reduction="dim"`."""
+        """mu [*B, *E], the posterior means of a batch; kl_dim [*E], its KL by `reduction="dim"`."""
         shape = self.kl.shape
         if kl_dim.shape != shape or mu.shape[mu.dim() - len(shape) :] != shape or mu.dim() == len(shape):
             raise ValueError(
@@ -159,7 +159,7 @@ class PosteriorMonitor(nn.Module):
             buffer.zero_()
 
     def variance(self) -> Tensor:
-        """Variance over the data of the posterior mean, Var(E[z|x]); fp32 [*E], 0 before the second sample."""
+        """Var(E[z|x]), the variance over the data of the posterior mean: fp32 [*E], 0 before two samples."""
         return self.m2 / (self.count - 1).clamp(min=1)
 
     def active_units(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every picture that the training code writes, in one style. Drawn on bare Figures: no window system, no global state."""
+"""Every picture of the training code, in one style, on bare Figures: no window system, no global state."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,24 +12,14 @@ from matplotlib.figure import Figure
 INK, MUTED, GRID = "#1f2430", "#5b6270", "#e3e6eb"
 FUSED, REFERENCE = "#0b6e99", "#d9730d"
 # Ten hues that stay apart on white, one a digit.
-DIGITS = (
-    "#4477aa",
-    "#ee6677",
-    "#228833",
-    "#b59a1b",
-    "#3aa6cf",
-    "#aa3377",
-    "#777777",
-    "#e08e45",
-    "#44aa99",
-    "#332288",
-)
+DIGITS = ("#4477aa", "#ee6677", "#228833", "#b59a1b", "#3aa6cf", "#aa3377", "#777777",
+          "#e08e45", "#44aa99", "#332288")  # fmt: skip
 _STYLE: dict[Any, Any] = {
     "figure.dpi": 150, "savefig.dpi": 150, "figure.facecolor": "white", "font.size": 10, "text.color": INK,
     "axes.edgecolor": MUTED, "axes.labelcolor": INK, "axes.titlesize": 11, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "axes.axisbelow": True, "grid.color": GRID, "xtick.color": MUTED, "ytick.color": MUTED, "legend.frameon": False,
-    "lines.linewidth": 1.8, "svg.hashsalt": "vaeops",
+    "axes.axisbelow": True, "grid.color": GRID, "xtick.color": MUTED, "ytick.color": MUTED,
+    "legend.frameon": False,
 }  # fmt: skip
 
 
@@ -59,7 +49,7 @@ def image_grid(path: Path, title: str, images: np.ndarray, columns: int) -> None
 
 
 def reconstructions(path: Path, title: str, originals: np.ndarray, decoded: np.ndarray, columns: int) -> None:
-    """originals, decoded [N, H, W] in [0, 1]: bands of a row of originals over the row of their reconstructions."""
+    """originals, decoded [N, H, W] in [0, 1]: rows of originals, each over the row of what became of it."""
     bands = -(-len(originals) // columns)
     with _figure(path, title, (0.78 * columns + 1.0, 1.62 * bands + 0.6)) as figure:
         grid = figure.add_gridspec(3 * bands - 1, columns, height_ratios=([1, 1, 0.18] * bands)[:-1])
@@ -83,8 +73,16 @@ def latent_plane(path: Path, title: str, mu: np.ndarray, labels: np.ndarray) -> 
             axes.scatter(
                 points[:, 0], points[:, 1], s=14, color=colour, alpha=0.75, linewidths=0, label=str(digit)
             )
-            axes.annotate(str(digit), np.median(points, axis=0), ha="center", va="center", fontsize=12, fontweight="bold",
-                          color=colour, bbox={"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": colour})  # fmt: skip
+            axes.annotate(
+                str(digit),
+                np.median(points, axis=0),
+                ha="center",
+                va="center",
+                fontsize=12,
+                fontweight="bold",
+                color=colour,
+                bbox={"boxstyle": "circle,pad=0.2", "facecolor": "white", "edgecolor": colour},
+            )
         axes.set(xlabel="posterior mean, dimension 1", ylabel="posterior mean, dimension 2", aspect="equal")
         axes.legend(
             title="digit", loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.8, alignment="left"
@@ -92,8 +90,8 @@ def latent_plane(path: Path, title: str, mu: np.ndarray, labels: np.ndarray) -> 
 
 
 def loss_curves(path: Path, title: str, runs: Mapping[str, Mapping[str, np.ndarray]], window: int) -> None:
-    """runs: two of them, name -> {"recon": [steps], "kl": [steps]}, drawn as means over `window` steps, the second dashed
-    over the first; below, how far their totals lie apart at every step."""
+    """runs: two of them, name -> {"recon": [steps], "kl": [steps]}, drawn as means over `window` steps, the
+    second dashed over the first; below, how far their totals lie apart at every step."""
     (first, a), (second, b) = runs.items()
     with _figure(path, title, (9.0, 6.0)) as figure:
         grid = figure.add_gridspec(2, 2, height_ratios=(2, 1))
@@ -123,7 +121,7 @@ def _means(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
 def benchmark_bars(
     path: Path, title: str, rows: Sequence[tuple[str, float, float]], names: tuple[str, str]
 ) -> None:
-    """rows: (size, eager ms, ours ms), shortest first; names of the two. Logarithmic, the ratio beside the pair."""
+    """rows: (size, eager ms, ours ms), shortest first; names: of the two. The ratio stands at the right."""
     with _figure(path, title, (8.6, 0.75 * len(rows) + 1.7)) as figure:
         axes = figure.subplots()
         place = np.arange(len(rows))
@@ -133,11 +131,25 @@ def benchmark_bars(
             values = [row[index] for row in rows]
             axes.barh(place + offset, values, height=0.36, color=colour, label=name)
             for y, value in zip(place + offset, values):
-                axes.annotate(f"{value:.3g} ms", (value, y), xytext=(4, 0), textcoords="offset points", va="center",
-                              fontsize=8.5, color=MUTED)  # fmt: skip
+                axes.annotate(
+                    f"{value:.3g} ms",
+                    (value, y),
+                    xytext=(4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8.5,
+                    color=MUTED,
+                )
         for y, (_, eager, ours) in zip(place, rows):
-            axes.annotate(f"{eager / ours:.1f}×", (1.0, y), xycoords=("axes fraction", "data"), ha="right", va="center",
-                          fontsize=12, fontweight="bold")  # fmt: skip
+            axes.annotate(
+                f"{eager / ours:.1f}×",
+                (1.0, y),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="center",
+                fontsize=12,
+                fontweight="bold",
+            )
         axes.set(xscale="log", xlabel="milliseconds, forward + backward (logarithmic)", yticks=place)
         axes.set_xlim(shortest / 2, longest * 10)  # room for the figures beside the longest bar
         axes.set_yticklabels([row[0] for row in rows])
