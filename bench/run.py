@@ -21,6 +21,7 @@ from bench import measure, results
 from bench.case import COMPILE, Case, Inputs, Row
 from bench.cases import ALL, select
 from bench.measure import Timing
+from bench.text import bytes_text, time_text
 
 QUICK_TURN_SECONDS = 0.002
 
@@ -57,15 +58,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         names = "\n  ".join(f"{c.family}/{c.name}" for c in ALL if c.small or not args.quick)
         parser.error(f"no case matches {args.case}; there are\n  {names}")
     return args
-
-
-def time_text(seconds: float) -> str:
-    unit, scale = ("us", 1e6) if seconds < 1e-3 else ("ms", 1e3) if seconds < 1 else ("s", 1)
-    return f"{seconds * scale:.3g} {unit}" if seconds * scale < 100 else f"{seconds * scale:.0f} {unit}"
-
-
-def bytes_text(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
 def checked(case: Case, device: torch.device, compiled: bool, inputs: Inputs) -> tuple[list[Row], bool]:
@@ -173,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.plots:
         from bench.plots import draw
 
-        print("drawn:", *draw(results.read(out), args.plots, name))
+        print("drawn:", *draw(results.read(out), args.plots, name, torch.get_num_threads()))
     return 0 if all_right else 1
 
 

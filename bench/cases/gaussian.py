@@ -51,7 +51,10 @@ class GaussianCase:
     packed: bool = False
     small: bool = False
     wrapper: bool = False  # so small that only the cost of a call shows: adds rows that take the call apart
-    family: str = "gaussian"
+
+    @property
+    def family(self) -> str:
+        return "gaussian-wrapper" if self.wrapper else "gaussian"
 
     @property
     def name(self) -> str:
