@@ -7,7 +7,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COMPILE = "torch.compile"
 
 
@@ -34,6 +33,7 @@ class Case(Protocol):
     name: str
     small: bool  # belongs to `--quick` and to the plain `pytest bench`
     elements: int
+    dtype: torch.dtype
     bytes_forward: int  # of the fused kernel: every input read once, every output written once
     bytes_backward: int  # 0: the case has no backward
 

@@ -32,6 +32,10 @@ class Timing(NamedTuple):
         fifths = statistics.quantiles(rounds, n=5, method="inclusive")
         return cls(statistics.median(rounds), fifths[0], fifths[3], min(rounds), len(rounds))
 
+    def microseconds(self) -> dict[str, str]:
+        """As the CSV files hold it."""
+        return {f"{name}_us": f"{getattr(self, name) * 1e6:.3f}" for name in ("median", "p20", "p80", "min")}
+
 
 @contextmanager
 def quiet_gc() -> Iterator[None]:

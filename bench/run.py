@@ -106,7 +106,7 @@ def run_case(case: Case, args: argparse.Namespace, ceiling: float, common: dict)
               f"{case.elements / timing.median / 1e9:9.4f}  {bytes_text(kept[name])}{_against(name, direction, timings, ours)}")
         stored.append(common | {
             "case": f"{case.family}/{case.name}", "row": name, "direction": direction,
-            **{f"{field}_us": f"{getattr(timing, field) * 1e6:.3f}" for field in ("median", "p20", "p80", "min")},
+            **timing.microseconds(),
             "rounds": timing.rounds, "gb_per_s": f"{rate / 1e9:.3f}", "share_of_copy": f"{rate / ceiling:.4f}",
             "elements": case.elements, "bytes": size, "memory_bytes": kept[name],
         })  # fmt: skip
@@ -126,7 +126,7 @@ def ceiling_row(timing: Timing, size: int, common: dict) -> dict:
     rate = 2 * size / timing.min
     return common | {
         "case": "machine/copy", "row": "torch.Tensor.copy_", "direction": "forward",
-        **{f"{field}_us": f"{getattr(timing, field) * 1e6:.3f}" for field in ("median", "p20", "p80", "min")},
+        **timing.microseconds(),
         "rounds": timing.rounds, "gb_per_s": f"{rate / 1e9:.3f}", "share_of_copy": "1.0000", "elements": size // 4,
         "bytes": 2 * size, "memory_bytes": 0,
     }  # fmt: skip

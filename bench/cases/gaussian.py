@@ -14,9 +14,10 @@ from torch import Tensor
 import vaeops
 from vaeops.ref import gaussian as ref
 
-from ..case import COMPILE, DTYPES, Inputs, Row, budget_share, cotangents, normality_share, our_impls
+from ..case import COMPILE, Inputs, Row, budget_share, cotangents, normality_share, our_impls
 from .rng import probe_noise, probes
 
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 FREE_BITS = 0.05  # nats a dimension
 
 
@@ -46,7 +47,7 @@ def diffusers_formula(moments: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
 @dataclass(frozen=True)
 class GaussianCase:
     shape: tuple[int, ...]
-    dtype_name: str = "fp32"
+    dtype: torch.dtype = torch.float32
     reduction: str = "sample"  # "dim" stands for free bits on the batch mean of each dimension
     packed: bool = False
     small: bool = False
@@ -59,7 +60,7 @@ class GaussianCase:
     @property
     def name(self) -> str:
         kind = "freebits" if self.reduction == "dim" else self.reduction
-        parts = ["packed"] * self.packed + ["x".join(map(str, self.shape)), self.dtype_name, kind]
+        parts = ["packed"] * self.packed + ["x".join(map(str, self.shape)), _DTYPES[self.dtype], kind]
         return "-".join(parts)
 
     @property
@@ -68,15 +69,14 @@ class GaussianCase:
 
     @property
     def bytes_forward(self) -> int:  # mu, logvar in; z out
-        return 3 * DTYPES[self.dtype_name].itemsize * self.elements
+        return 3 * self.dtype.itemsize * self.elements
 
     @property
     def bytes_backward(self) -> int:  # the gradient of z, mu, logvar in; their gradients out
-        return 5 * DTYPES[self.dtype_name].itemsize * self.elements
+        return 5 * self.dtype.itemsize * self.elements
 
     def inputs(self, device: torch.device) -> Inputs:
-        dtype = DTYPES[self.dtype_name]
-        mu, logvar, grad_z = (torch.randn(self.shape, device=device).to(dtype) for _ in range(3))
+        mu, logvar, grad_z = (torch.randn(self.shape, device=device).to(self.dtype) for _ in range(3))
         halves = (mu * 0.5, logvar * 0.5)
         leaves = (torch.cat(halves, dim=1),) if self.packed else halves
         return Inputs(tuple(t.requires_grad_() for t in leaves), grad_z)
@@ -169,10 +169,10 @@ class GaussianCase:
 
 _LARGE = (64, 16, 128, 128)
 CASES = [
-    GaussianCase(_LARGE, "fp32", "sample"),
-    GaussianCase(_LARGE, "fp32", "batchmean"),
-    GaussianCase(_LARGE, "bf16", "sample"),
-    GaussianCase(_LARGE, "bf16", "batchmean"),
+    GaussianCase(_LARGE, torch.float32, "sample"),
+    GaussianCase(_LARGE, torch.float32, "batchmean"),
+    GaussianCase(_LARGE, torch.bfloat16, "sample"),
+    GaussianCase(_LARGE, torch.bfloat16, "batchmean"),
     GaussianCase((16, 16, 128, 128)),
     GaussianCase((8, 16, 128, 128)),
     GaussianCase((4096, 256)),

@@ -30,6 +30,7 @@ class NormalCase:
     elements: int
     small: bool
     family: str = "rng"
+    dtype: torch.dtype = torch.float32
     bytes_backward: int = 0
 
     @property
