@@ -1,4 +1,4 @@
-"""What the runner asks of a benchmark case: inputs, rows, bytes moved, and a check that comes before any timing."""
+"""What the runner asks of a benchmark case: inputs, rows, bytes moved, and a check made before any timing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,22 +47,24 @@ class Case(Protocol):
 
 
 def cotangents(outputs: tuple, inputs: Inputs) -> list[Tensor]:
-    """Gradients handed to backward: random for z, not 1 for the KL, in whatever shape and dtype the row returns."""
+    """Gradients handed to backward: random for z, not 1 for the KL, in the shape and dtype of the row's."""
     assert inputs.grad_z is not None
     return [inputs.grad_z, torch.full_like(outputs[1], 0.5)]
 
 
 def our_impls(device: torch.device) -> list[tuple[str, str | None]]:
-    """(row name, impl=) of every implementation of ours worth a row; the one that serves the device is called unforced."""
+    """(row name, impl=) of our implementations, first the one that serves the device, which is not forced."""
     from vaeops.ops._library import serving, why_not
 
     best = serving(device.type)
-    names = [best] + [i for i in ("cuda", "triton") if device.type == "cuda" and i != best and not why_not(i, "cuda")]
+    names = [best] + [
+        i for i in ("cuda", "triton") if device.type == "cuda" and i != best and not why_not(i, "cuda")
+    ]
     return [(f"vaeops ({name})", None if name == best else name) for name in names]
 
 
 def budget_share(got: Tensor, exact: Tensor, eager: Tensor, factor: float) -> float:
-    """Worst error over what is allowed: factor * (same-dtype eager's worst error + 1 ulp at the largest value)."""
+    """Worst error over what is allowed: factor * (same-dtype eager's worst + 1 ulp of the largest value)."""
     exact = exact.double()
     ulp = torch.finfo(eager.dtype).eps * exact.abs().amax()
     allowed = factor * ((eager.double() - exact).abs().amax() + ulp)
@@ -72,4 +74,6 @@ def budget_share(got: Tensor, exact: Tensor, eager: Tensor, factor: float) -> fl
 def normality_share(noise: Tensor) -> float:
     """How far mean and variance of standard normals stray, in units of six standard deviations of each."""
     n, noise = noise.numel(), noise.double()
-    return max(noise.mean().abs().item() * n**0.5, abs(noise.var(correction=0).item() - 1) * (n / 2) ** 0.5) / 6
+    return (
+        max(noise.mean().abs().item() * n**0.5, abs(noise.var(correction=0).item() - 1) * (n / 2) ** 0.5) / 6
+    )

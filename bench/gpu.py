@@ -2,9 +2,10 @@
 
     python bench/gpu.py --out DIR [--case FAMILY]
 
-build, test, benchmark, memcheck, racecheck, sweep: each stage has a time limit and a log of its own in DIR, and
-DIR/summary.json is rewritten after each, so that an interrupted run keeps what it has. What the machine refuses (no GPU,
-no compiler, no sanitizer) is "not run: reason" and no failure. The exit status is 1 when a stage failed.
+build, test, benchmark, memcheck, racecheck, sweep: each stage has a time limit and a log of its own in DIR.
+DIR/summary.json is rewritten after each, so that an interrupted run keeps what it has. What the machine
+refuses (no GPU, no compiler, no sanitizer) is "not run: reason" and no failure. The exit status is 1 when a
+stage failed.
 
 Needs torch, triton, pytest and a compiler; nothing is downloaded.
 """
@@ -35,7 +36,7 @@ PLANTED = 99  # exit status asked of compute-sanitizer when it has found an erro
 
 @dataclass(frozen=True)
 class Stage:
-    """`command` runs in the repository's root. `refused(status, log)` says why the machine, not the code, stopped it."""
+    """`command`, run in the repository's root. `refused(status, log)`: why the machine stopped it, not the code."""
 
     name: str
     seconds: int
@@ -54,7 +55,7 @@ def toolkit_tool(name: str) -> str | None:
 
 
 def architecture() -> str:
-    """The present device's, as TORCH_CUDA_ARCH_LIST spells it; from 9.0 on with the features of that chip alone."""
+    """The present device's, as TORCH_CUDA_ARCH_LIST spells it; from 9.0 on with that chip's own features."""
     major, minor = torch.cuda.get_device_capability()
     return f"{major}.{minor}" + ("a" if major >= 9 else "")
 
@@ -79,25 +80,48 @@ def stages(out: Path, family: str | None) -> list[Stage]:
     no_gpu = None if gpu else "no CUDA GPU"
     compiler, sanitizer = toolkit_tool("nvcc"), toolkit_tool("compute-sanitizer")
     case = ["--case", family] if family else []
-    install = [python, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "-v", "-e", "."]
+    install = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--no-index",
+        "--no-build-isolation",
+        "--no-deps",
+        "-v",
+        "-e",
+        ".",
+    ]
     # Plain allocations, so that an access past a tensor's end is outside every allocation.
     checked = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
     def sanitize(tool: str) -> Stage:
-        command = [sanitizer or "", "--tool", tool, "--error-exitcode", str(PLANTED), python, "bench/sanitize.py", *case]
+        command = [
+            sanitizer or "",
+            "--tool",
+            tool,
+            "--error-exitcode",
+            str(PLANTED),
+            python,
+            "bench/sanitize.py",
+            *case,
+        ]
         missing = None if sanitizer else "compute-sanitizer is not installed"
         return Stage(tool, 90, command, no_gpu or missing, _sanitizer_refused, checked)
 
+    no_compiler = None if compiler else "no nvcc: Triton kernels serve the GPU"
+    building = {"TORCH_CUDA_ARCH_LIST": architecture() if gpu else "", "VAEOPS_CUDA": "require"}
+    tests = [python, "-m", "pytest", "-m", "gpu", *(["-k", family] if family else [])]
+    benchmark = [python, "bench/run.py", "--device", "cuda", "--out", str(out), *case]
+    sweep = [python, "bench/sweep.py", "--out", str(out / "sweep.csv"), *case]
     return [
-        Stage("build", 150, install, no_gpu or (None if compiler else "no nvcc: Triton kernels serve the GPU"),
-              environment={"TORCH_CUDA_ARCH_LIST": architecture() if gpu else "", "VAEOPS_CUDA": "require"}),
-        Stage("test", 120, [python, "-m", "pytest", "-m", "gpu", *(["-k", family] if family else [])],
-              no_gpu, _tests_refused),
-        Stage("benchmark", 150, [python, "bench/run.py", "--device", "cuda", "--out", str(out), *case], no_gpu),
+        Stage("build", 150, install, no_gpu or no_compiler, environment=building),
+        Stage("test", 120, tests, no_gpu, _tests_refused),
+        Stage("benchmark", 150, benchmark, no_gpu),
         sanitize("memcheck"),
         sanitize("racecheck"),
-        Stage("sweep", 120, [python, "bench/sweep.py", "--out", str(out / "sweep.csv"), *case], no_gpu, _sweep_refused),
-    ]  # fmt: skip
+        Stage("sweep", 120, sweep, no_gpu, _sweep_refused),
+    ]
 
 
 def run(stage: Stage, log: Path, limit: float) -> dict:
@@ -107,10 +131,17 @@ def run(stage: Stage, log: Path, limit: float) -> dict:
     if limit < 1:
         return {"status": "not run: the time of the whole run was used up"}
     start = time.monotonic()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment}
     with log.open("w") as file:
-        child = subprocess.Popen(stage.command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                 cwd=results.ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment},
-                                 start_new_session=True)  # fmt: skip
+        child = subprocess.Popen(
+            stage.command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=results.ROOT,
+            env=environment,
+            start_new_session=True,
+        )
         try:
             status: int | None = child.wait(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -126,8 +157,13 @@ def run(stage: Stage, log: Path, limit: float) -> dict:
         verdict = f"not run: {reason}"
     else:
         verdict = "ok" if status == 0 else f"failed: exit status {status}"
-    return {"status": verdict, "seconds": round(time.monotonic() - start, 1), "command": stage.command, "log": log.name,
-            "last_line": (text.split("\n")[-2:] or [""])[0]}  # fmt: skip
+    return {
+        "status": verdict,
+        "seconds": round(time.monotonic() - start, 1),
+        "command": stage.command,
+        "log": log.name,
+        "last_line": (text.rstrip().splitlines() or [""])[-1],
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,7 +171,9 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     # Empty when make passes on a variable that is not set.
-    parser.add_argument("--case", nargs="?", default=None, metavar="FAMILY", help="rng, gaussian, ...; default: all")
+    parser.add_argument(
+        "--case", nargs="?", default=None, metavar="FAMILY", help="rng, gaussian, ...; default: all"
+    )
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="limit of the whole run")
     args = parser.parse_args(argv)
     args.out = args.out.resolve()

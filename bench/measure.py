@@ -1,4 +1,4 @@
-"""Clocks, memory and the machine's copy ceiling. Rounds are interleaved, so that ratios hold on a noisy machine."""
+"""Clocks, memory and the copy ceiling. Rounds are interleaved, so that ratios hold on a noisy machine."""
 
 import gc
 import math
@@ -39,7 +39,7 @@ class Timing(NamedTuple):
 
 @contextmanager
 def quiet_gc() -> Iterator[None]:
-    """A full collection takes 100 ms in a process with torch in it, and would land on whichever row comes next."""
+    """A full collection takes 100 ms in a process with torch in it, and lands on whichever row comes next."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -66,7 +66,7 @@ def seconds_per_call(step: Callable[[int], object], calls: int, device: torch.de
 
 
 def input_sets(case: Case, device: torch.device) -> list[Inputs]:
-    """One set on a CPU. On a GPU as many as overflow its L2 cache twice (at most 64: tiny cases are bound by launches)."""
+    """One set on a CPU; on a GPU as many as overflow its L2 twice (at most 64: launches bound tiny cases)."""
     first = case.inputs(device)
     if device.type != "cuda":
         return [first]
@@ -77,7 +77,7 @@ def input_sets(case: Case, device: torch.device) -> list[Inputs]:
 
 
 def steps(case: Case, row: Row, sets: list[Inputs]) -> dict[str, Callable[[int], object]]:
-    """{direction: step(i)}; step i uses the i-th input set. A step frees its results: their pages are part of its cost."""
+    """{direction: step(i)}; step i uses the i-th input set, and frees its results, at a cost."""
     calls = [tuple(t if row.backward else t.detach() for t in s.leaves) for s in sets]
 
     def forward(i: int) -> None:
@@ -99,7 +99,7 @@ def steps(case: Case, row: Row, sets: list[Inputs]) -> dict[str, Callable[[int],
 
 def interleaved(work: dict[tuple[str, str], Callable[[int], object]], rounds: int, turn: float,
                 device: torch.device) -> dict[tuple[str, str], Timing]:  # fmt: skip
-    """Times every (row, direction) once a round, each round in another order; a turn lasts about `turn` seconds."""
+    """Times every (row, direction) once a round, each round in another order, for about `turn` seconds."""
     keys = list(work)
     calls = {}
     for key in keys:
@@ -126,7 +126,7 @@ def copy_ceiling(device: torch.device, rounds: int, size: int) -> Timing:
 
 
 def memory(case: Case, row: Row, inputs: Inputs) -> int:
-    """CPU: bytes kept for backward, inputs included, each storage once. GPU: peak bytes allocated above the inputs'."""
+    """CPU: bytes kept for backward, inputs included, each storage once. GPU: peak bytes above the inputs'."""
     leaves = inputs.leaves if row.backward else tuple(t.detach() for t in inputs.leaves)
     device = leaves[0].device if leaves else None
     if device is not None and device.type == "cuda":
@@ -144,6 +144,8 @@ def memory(case: Case, row: Row, inputs: Inputs) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outputs = row.call(*leaves)  # alive until counted, so that no storage is freed and its address used again
+        outputs = row.call(
+            *leaves
+        )  # alive until counted, so that no storage is freed and its address used again
     del outputs
     return sum(kept.values())

@@ -57,7 +57,9 @@ def _bars(rows: list[dict], value: str, scale: float, label: str, title: str, pa
         at = [(i + j * height, float(r[value]) * scale)
               for i, group in enumerate(cases.values()) for r in group if r["row"] == name]  # fmt: skip
         axes.barh([y for y, _ in at], [x for _, x in at], height, label=name)
-    axes.set_yticks([i + 0.45 - height / 2 for i in range(len(cases))], [case for (case,) in cases], fontsize=7)
+    axes.set_yticks(
+        [i + 0.45 - height / 2 for i in range(len(cases))], [case for (case,) in cases], fontsize=7
+    )
     axes.invert_yaxis()
     axes.set(xlabel=label, title=title)
     axes.legend(fontsize=7)
@@ -77,5 +79,12 @@ def draw(rows: list[dict], folder: Path, machine: str, threads: int) -> list[Pat
     _time_by_size(rows, title, paths[0])
     copy = f" ({float(ceiling[0]['gb_per_s']):.0f} GB/s)" if ceiling else ""
     _bars(rows, "share_of_copy", 100, f"fused traffic over time, % of a plain copy{copy}", title, paths[1])
-    _bars([r for r in rows if int(r["memory_bytes"])], "memory_bytes", 2**-20, "MiB", title + ": memory", paths[2])
+    _bars(
+        [r for r in rows if int(r["memory_bytes"])],
+        "memory_bytes",
+        2**-20,
+        "MiB",
+        title + ": memory",
+        paths[2],
+    )
     return paths

@@ -3,8 +3,8 @@
     python bench/readme.py            rewrites README.md
     python bench/readme.py --check    exit status 1 when README.md is out of date
 
-A table stands between `<!-- bench:FAMILY@MACHINE -->` and `<!-- /bench -->`, MACHINE being the stem of a file in
-bench/results; `bench:FAMILY@MACHINE:THREADS` picks one of several thread counts.
+A table stands between `<!-- bench:FAMILY@MACHINE -->` and `<!-- /bench -->`; MACHINE is the stem of a file in
+bench/results, and `bench:FAMILY@MACHINE:THREADS` picks one of several thread counts.
 """
 
 import argparse
@@ -29,7 +29,9 @@ def _pick(rows: list[dict], family: str, threads: str | None, where: str) -> lis
     if not counts:
         raise ValueError(f"{where}: no rows of that family (and thread count) in the results")
     if len(counts) > 1:
-        raise ValueError(f"{where}: results at {', '.join(counts)} threads; add one of them, as in {where}:{counts[-1]}")
+        raise ValueError(
+            f"{where}: results at {', '.join(counts)} threads; add one of them, as in {where}:{counts[-1]}"
+        )
     both = {(r["case"], r["row"]): r for r in sorted(rows, key=lambda r: len(r["direction"]))
             if r["threads"] == counts[0]}  # fmt: skip
     return [r for r in rows if both.get((r["case"], r["row"])) is r]
@@ -52,7 +54,9 @@ def table(rows: list[dict], family: str, threads: str | None, where: str) -> str
     for case in dict.fromkeys(r["case"] for r in rows):
         here = {r["row"]: r for r in rows if r["case"] == case}
         longest = max(len(r["direction"]) for r in here.values())
-        ours = next((r for r in here.values() if _ours(r)), None)  # the runner puts what serves the device first
+        ours = next(
+            (r for r in here.values() if _ours(r)), None
+        )  # the runner puts what serves the device first
         cells = [case.split("/", 1)[1]]
         cells += [_time(here.get(name), longest) for name in names]
         for name in rivals:
@@ -60,7 +64,9 @@ def table(rows: list[dict], family: str, threads: str | None, where: str) -> str
         cells.append(f"{float(ours['share_of_copy']):.0%}" if ours else "")
         if memory and rivals:
             first = here.get(rivals[0])
-            cells.append(" → ".join(bytes_text(int(r["memory_bytes"])) for r in (first, ours) if r is not None))
+            cells.append(
+                " → ".join(bytes_text(int(r["memory_bytes"])) for r in (first, ours) if r is not None)
+            )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n\n" + _caption(rows) + "\n"
 
@@ -82,8 +88,8 @@ def _caption(rows: list[dict]) -> str:
         return ", ".join(sorted({r[field] for r in rows}))
 
     direction = max((r["direction"] for r in rows), key=len).capitalize().replace("+", " + ")
-    return (f"{direction}, median of {span('rounds')} interleaved rounds; a speed-up is the rival's fastest round "
-            f"over our median. {span('machine')}, {span('threads')} CPU threads; {span('versions')}; "
+    return (f"{direction}, median of {span('rounds')} interleaved rounds; a speed-up is the rival's fastest "
+            f"round over our median. {span('machine')}, {span('threads')} CPU threads; {span('versions')}; "
             f"commit {span('commit')}; {span('date')}.")  # fmt: skip
 
 
@@ -98,14 +104,18 @@ def redraw(text: str, folder: Path) -> str:
         return found[1] + table(results.read(path), found["family"], found["threads"], where) + found[5]
 
     if text.count("<!-- bench:") != len(BLOCK.findall(text)):
-        raise ValueError("a bench marker is not `<!-- bench:FAMILY@MACHINE -->` ... `<!-- /bench -->`, each on its own line")
+        raise ValueError(
+            "a bench marker is not `<!-- bench:FAMILY@MACHINE -->` ... `<!-- /bench -->`, on their own lines"
+        )
     return BLOCK.sub(draw, text)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench/readme.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when the README is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail when the README is out of date"
+    )
     parser.add_argument("--readme", type=Path, default=results.ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the CSV files")
     args = parser.parse_args(argv)

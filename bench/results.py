@@ -15,8 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results"
 FIELDS = (
-    "commit", "versions", "machine", "date", "threads", "case", "row", "direction", "median_us", "p20_us", "p80_us",
-    "min_us", "rounds", "gb_per_s", "share_of_copy", "elements", "bytes", "memory_bytes",
+    "commit", "versions", "machine", "date", "threads", "case", "row", "direction", "median_us", "p20_us",
+    "p80_us", "min_us", "rounds", "gb_per_s", "share_of_copy", "elements", "bytes", "memory_bytes",
 )  # fmt: skip
 
 
@@ -36,23 +36,18 @@ def machine(device: torch.device) -> str:
 def versions() -> str:
     import vaeops
 
-    found = {"vaeops": vaeops.__version__, "python": platform.python_version(), "torch": torch.__version__}
-    try:
-        from importlib.metadata import version
-
-        found["triton"] = version("triton")
-    except ImportError:
-        pass
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return "; ".join(f"{name} {value}" for name, value in found.items())
+    info = vaeops.info()
+    found = {name: value for name, value in info["versions"].items() if value}
+    return "; ".join(f"{name} {value}" for name, value in (found | {"cpu isa": info["cpu"]["isa"]}).items())
 
 
 def commit() -> str:
     """The short hash, with + when tracked files differ from it."""
 
     def git(*args: str) -> str:
-        return subprocess.run(("git", "-C", str(ROOT), *args), capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ("git", "-C", str(ROOT), *args), capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
@@ -74,18 +69,17 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(reader)
 
 
-def _key(row: dict) -> tuple[str, str, str]:
-    return row["machine"], row["case"], str(row["threads"])
-
-
-def store(path: Path, rows: Iterable[dict]) -> None:
-    """Replace what the file holds of the same machine, cases and threads.
+def store(path: Path, common: dict, rows: Iterable[dict]) -> None:
+    """Replace what the file holds of `common`'s machine, case and threads by `rows`, each with `common` added.
 
     A case is replaced whole: rows of one table then come from one run, and none outlives a row that has gone.
     """
-    new = [{field: str(row[field]) for field in FIELDS} for row in rows]
-    fresh = {_key(row) for row in new}
-    kept = [row for row in read(path) if _key(row) not in fresh]
+
+    def key(row: dict) -> tuple[str, str, str]:
+        return row["machine"], row["case"], str(row["threads"])
+
+    new = [{field: str((common | row)[field]) for field in FIELDS} for row in rows]
+    kept = [row for row in read(path) if key(row) != key(common)]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:

@@ -2,10 +2,11 @@
 
     python bench/run.py --case 64x16 --threads 2 --plots plots
 
-Each row is first checked against the fp64 reference; a wrong one prints no time and makes the exit status 1. Rounds of
-all rows are interleaved in rotating order. A speed-up is the rival's FASTEST round over our MEDIAN. GB/s counts the bytes
-that a fused kernel has to move, whatever a row really moves, and its share is of a plain copy measured in the same run;
-above 100 % the data came from a cache. Memory: on a CPU the bytes kept for backward, on a GPU the peak above the inputs.
+Each row is first checked against the fp64 reference; a wrong one prints no time and makes the exit status 1.
+Rounds of all rows are interleaved in rotating order. A speed-up is the rival's FASTEST round over our MEDIAN.
+GB/s counts the bytes that a fused kernel has to move, whatever a row really moves. Its share is of a plain copy
+measured in the same run; above 100 % the data came from a cache. Memory: on a CPU the bytes kept for backward, on
+a GPU the peak above the inputs.
 """
 
 import argparse
@@ -29,15 +30,17 @@ QUICK_TURN_SECONDS = 0.002
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--case", action="append", metavar="TEXT", help="cases whose family/name contains TEXT; repeatable")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds (default 11, quick 3)")
-    parser.add_argument("--quick", action="store_true",
-                        help="small cases, short rounds, no torch.compile; nothing is stored unless --out is given")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="CSV", help="file or folder (default bench/results/<machine>.csv)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw PNGs of the file's rows of this machine into DIR")
-    parser.add_argument("--list", action="store_true", help="list the cases and stop")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
+    add("--case", action="append", metavar="TEXT", help="cases whose family/name contains TEXT; repeatable")
+    add("--rounds", type=int, help="interleaved rounds (default 11, quick 3)")
+    add("--quick", action="store_true",
+        help="small cases, short rounds, no torch.compile; stores nothing unless --out is given")  # fmt: skip
+    add("--out", type=Path, metavar="CSV", help="file or folder (default bench/results/<machine>.csv)")
+    add("--device", default=default_device, help="cpu, cuda, cuda:1, ... (default here: %(default)s)")
+    add("--threads", type=int, help="CPU threads (default: torch's)")
+    add("--plots", type=Path, metavar="DIR", help="draw what the file holds of this machine into DIR as PNGs")
+    add("--list", action="store_true", help="list the cases and stop")
     args = parser.parse_args(argv)
     if args.rounds is not None and args.rounds < 3:
         parser.error(f"--rounds must be at least 3, got {args.rounds}")
@@ -61,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def checked(case: Case, device: torch.device, compiled: bool, inputs: Inputs) -> tuple[list[Row], bool]:
-    """The rows that are right, and whether ours all ran and every row was right. A rival may be unable to run here."""
+    """The rows that are right; whether all were, and all of ours ran. A rival may be unable to run here."""
     good, all_right = [], True
     for row in case.rows(device, compiled):
         try:
@@ -82,7 +85,7 @@ def checked(case: Case, device: torch.device, compiled: bool, inputs: Inputs) ->
     return good, all_right
 
 
-def run_case(case: Case, args: argparse.Namespace, ceiling: float, common: dict) -> tuple[list[dict], bool]:
+def run_case(case: Case, args: argparse.Namespace, ceiling: float) -> tuple[list[dict], bool]:
     """Check, time and print one case. (rows for the CSV, whether every row was right)"""
     print(f"\n{case.family}/{case.name}")
     torch.manual_seed(0)
@@ -92,44 +95,46 @@ def run_case(case: Case, args: argparse.Namespace, ceiling: float, common: dict)
     if not rows:
         return [], right
     kept = {row.name: measure.memory(case, row, sets[0]) for row in rows}
-    work = {(row.name, direction): step for row in rows for direction, step in measure.steps(case, row, sets).items()}
-    timings = measure.interleaved(work, args.rounds, QUICK_TURN_SECONDS if args.quick else measure.TURN_SECONDS, args.device)
-    stored = []
+    work = {}
+    for row in rows:
+        work |= {(row.name, way): step for way, step in measure.steps(case, row, sets).items()}
+    turn = QUICK_TURN_SECONDS if args.quick else measure.TURN_SECONDS
+    timings = measure.interleaved(work, args.rounds, turn, args.device)
     ours = {row.name for row in rows if row.ours}
-    print(f"  {'row':22s} {'direction':17s} {'median':>9s} {'p20':>9s} {'p80':>9s} {'min':>9s} {'GB/s':>7s} {'share':>6s} "
-          f"{'G elem/s':>9s}  memory")  # fmt: skip
+    print(f"  {'row':22s} {'direction':17s} {'median':>9s} {'p20':>9s} {'p80':>9s} {'min':>9s} "
+          f"{'GB/s':>7s} {'share':>6s} {'elem/ns':>8s}  memory")  # fmt: skip
+    stored = []
     for (name, direction), timing in timings.items():
         size = case.bytes_forward + (case.bytes_backward if "backward" in direction else 0)
         rate = size / timing.median
-        print(f"  {name:22s} {direction:17s} {time_text(timing.median):>9s} {time_text(timing.p20):>9s} "
-              f"{time_text(timing.p80):>9s} {time_text(timing.min):>9s} {rate / 1e9:7.2f} {rate / ceiling:6.1%} "
-              f"{case.elements / timing.median / 1e9:9.4f}  {bytes_text(kept[name])}{_against(name, direction, timings, ours)}")
-        stored.append(common | {
-            "case": f"{case.family}/{case.name}", "row": name, "direction": direction,
-            **timing.microseconds(),
-            "rounds": timing.rounds, "gb_per_s": f"{rate / 1e9:.3f}", "share_of_copy": f"{rate / ceiling:.4f}",
-            "elements": case.elements, "bytes": size, "memory_bytes": kept[name],
-        })  # fmt: skip
+        times = " ".join(f"{time_text(t):>9s}" for t in (timing.median, timing.p20, timing.p80, timing.min))
+        print(f"  {name:22s} {direction:17s} {times} {rate / 1e9:7.2f} {rate / ceiling:6.1%} "
+              f"{case.elements / timing.median / 1e9:8.4f}  {bytes_text(kept[name])}"
+              f"{_against(name, direction, timings, ours)}")  # fmt: skip
+        row = csv_row(name, direction, timing, size, rate, ceiling)
+        stored.append(row | {"elements": case.elements, "memory_bytes": kept[name]})
     return stored, right
 
 
+def csv_row(name: str, direction: str, timing: Timing, size: int, rate: float, ceiling: float) -> dict:
+    return {
+        "row": name,
+        "direction": direction,
+        **timing.microseconds(),
+        "rounds": timing.rounds,
+        "bytes": size,
+        "gb_per_s": f"{rate / 1e9:.3f}",
+        "share_of_copy": f"{rate / ceiling:.4f}",
+    }
+
+
 def _against(name: str, direction: str, timings: dict[tuple[str, str], Timing], ours: set[str]) -> str:
-    """", 12.1x eager" for a row of ours: the rival's fastest round over our median."""
+    """ ", 12.1x eager" for a row of ours: the rival's fastest round over our median."""
     if name not in ours:
         return ""
     median = timings[name, direction].median
     rivals = ((rival, t.min) for (rival, d), t in timings.items() if rival not in ours and d == direction)
     return "".join(f"  {fastest / median:.2f}x {rival}" for rival, fastest in rivals)
-
-
-def ceiling_row(timing: Timing, size: int, common: dict) -> dict:
-    rate = 2 * size / timing.min
-    return common | {
-        "case": "machine/copy", "row": "torch.Tensor.copy_", "direction": "forward",
-        **timing.microseconds(),
-        "rounds": timing.rounds, "gb_per_s": f"{rate / 1e9:.3f}", "share_of_copy": "1.0000", "elements": size // 4,
-        "bytes": 2 * size, "memory_bytes": 0,
-    }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -140,26 +145,36 @@ def main(argv: list[str] | None = None) -> int:
     args.rounds = args.rounds or (3 if args.quick else 11)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)  # events are recorded on the current device
     name = results.machine(args.device)
     out = args.out or (None if args.quick else results.FOLDER)
     if out is not None and out.suffix != ".csv":
         out = out / f"{name}.csv"
-    common = {"commit": results.commit(), "versions": results.versions(), "machine": name, "date": results.today(),
-              "threads": torch.get_num_threads()}  # fmt: skip
+    common = {
+        "commit": results.commit(), "versions": results.versions(), "machine": name, "date": results.today(),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
     size = measure.CEILING_BYTES[args.device.type] // (16 if args.quick else 1)
     copy = measure.copy_ceiling(args.device, args.rounds, size)
     ceiling = 2 * size / copy.min
     print(f"{name}, {common['threads']} CPU threads; {common['versions']}; commit {common['commit']}")
-    print(f"{args.rounds} rounds; copy ceiling {ceiling / 1e9:.1f} GB/s (read and write, {bytes_text(size)} buffers)"
-          + (f"; --quick leaves {COMPILE} out" if args.quick else ""))  # fmt: skip
+    print(
+        f"{args.rounds} rounds; copy ceiling {ceiling / 1e9:.1f} GB/s (read + write, {bytes_text(size)} buffers)"
+    )
+    if args.quick:
+        print(f"--quick leaves {COMPILE} out")
     if out is not None:
-        results.store(out, [ceiling_row(copy, size, common)])
+        row = csv_row("torch.Tensor.copy_", "forward", copy, 2 * size, ceiling, ceiling)
+        results.store(
+            out, common | {"case": "machine/copy"}, [row | {"elements": size // 4, "memory_bytes": 0}]
+        )
     all_right = True
     for case in args.cases:
-        rows, right = run_case(case, args, ceiling, common)
+        rows, right = run_case(case, args, ceiling)
         all_right &= right
-        if out is not None and rows:
-            results.store(out, rows)  # after every case: an interrupted run keeps what it has
+        if out is not None:  # after every case: an interrupted run keeps what it has
+            results.store(out, common | {"case": f"{case.family}/{case.name}"}, rows)
     if out is not None:
         print(f"\nstored in {out}")
     if args.plots:

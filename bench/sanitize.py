@@ -1,4 +1,4 @@
-"""Every GPU implementation once on small shapes, for compute-sanitizer to watch: `compute-sanitizer python bench/sanitize.py`.
+"""Every GPU implementation on small shapes: `compute-sanitizer --tool memcheck python bench/sanitize.py`.
 
 Small, because the sanitizer is a hundred times slower; odd sizes, because tails are where accesses go wrong.
 """
@@ -45,7 +45,7 @@ def _step(shape: tuple[int, ...], dtype: torch.dtype, reduction: str, impl: str)
 
 
 def gaussian(impl: str) -> int:
-    """Every shape, dtype and reduction, but not every combination: Triton compiles each, which is slow under a sanitizer."""
+    """Not every combination of shape, dtype and reduction: Triton compiles each, slowly under a sanitizer."""
     dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float32)
     reductions = ("batchmean", "sample", "dim", "none", "sample")
     for shape, dtype, reduction in zip(SHAPES, dtypes, reductions):

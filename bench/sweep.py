@@ -2,8 +2,9 @@
 
     python bench/sweep.py --out sweep.csv [--case FAMILY]
 
-The hook is `vaeops.kernels._layout.settings(dtype) -> (elements of a tile, warps of a program)`, which the launchers ask
-at every call. Each candidate takes its place, passes the case's check, and is timed in interleaved rounds.
+The hook is `vaeops.kernels._layout.settings(dtype) -> (elements of a tile, warps of a program)`, which the
+launchers ask at every call. Each candidate takes its place, passes the case's check, and is timed in rounds
+interleaved with the others'.
 """
 
 import argparse
@@ -29,10 +30,18 @@ from vaeops.ops._library import why_not
 
 ELEMENTS = (512, 1024, 2048, 4096)
 WARPS = (4, 8)
-CASES = ("rng/2^24", "gaussian/64x16x128x128-fp32-sample", "gaussian/64x16x128x128-bf16-sample",
-         "gaussian/4096x256-fp32-sample", "gaussian/4096x256-fp32-freebits", "gaussian/128x20-fp32-batchmean")  # fmt: skip
-FIELDS = ("commit", "versions", "machine", "date", "case", "direction", "elements", "warps", "present", "median_us",
-          "p20_us", "p80_us", "min_us", "rounds", "gb_per_s")  # fmt: skip
+CASES = [
+    "rng/2^24",
+    "gaussian/64x16x128x128-fp32-sample",
+    "gaussian/64x16x128x128-bf16-sample",
+    "gaussian/4096x256-fp32-sample",
+    "gaussian/4096x256-fp32-freebits",
+    "gaussian/128x20-fp32-batchmean",
+]
+FIELDS = (
+    "commit", "versions", "machine", "date", "case", "direction", "elements", "warps", "present", "median_us",
+    "p20_us", "p80_us", "min_us", "rounds", "gb_per_s",
+)  # fmt: skip
 
 Candidate = tuple[int, int]
 
@@ -86,9 +95,11 @@ def sweep(case: Case, table: Table, device: torch.device, rounds: int) -> list[d
         mark = (elements, warps) == tuple(present)
         print(f"  {direction:17s} {elements:5d} elements {warps} warps  {time_text(timing.median):>9s}  "
               f"{size / timing.median / 1e9:7.1f} GB/s{'  (present)' if mark else ''}")  # fmt: skip
-        found.append({"case": f"{case.family}/{case.name}", "direction": direction, "elements": elements, "warps": warps,
-                      "present": int(mark), "rounds": timing.rounds, "gb_per_s": f"{size / timing.median / 1e9:.3f}",
-                      **timing.microseconds()})  # fmt: skip
+        found.append({
+            "case": f"{case.family}/{case.name}", "direction": direction, "elements": elements,
+            "warps": warps, "present": int(mark), "rounds": timing.rounds, **timing.microseconds(),
+            "gb_per_s": f"{size / timing.median / 1e9:.3f}",
+        })  # fmt: skip
     return found
 
 
@@ -118,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     with args.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
-        for case in select(list(CASES)):
+        for case in select(CASES):
             if args.case in (None, case.family):
                 print(f"{case.family}/{case.name}")
                 writer.writerows(common | row for row in sweep(case, table, device, args.rounds))

@@ -1,4 +1,4 @@
-"""The benchmark suite: it refuses wrong rows, stores what it measures, and the README's tables are its own."""
+"""The benchmark suite: it refuses wrong rows, stores what it measures, and draws the README's tables."""
 
 import csv
 import importlib
@@ -31,7 +31,17 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def test_quick_run_as_a_script(tmp_path):
-    command = [sys.executable, "bench/run.py", "--quick", "--case", TINY, "--out", str(tmp_path), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "bench/run.py",
+        "--quick",
+        "--case",
+        TINY,
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*.csv")
@@ -47,20 +57,23 @@ def test_quick_run_as_a_script(tmp_path):
 def test_rows_replace_their_case_and_leave_others(tmp_path, bench):
     results, path = bench("results"), tmp_path / "m.csv"
     row = dict.fromkeys(results.FIELDS, "1")
-    results.store(path, [row | {"case": "a", "row": "old"}, row | {"case": "b", "row": "kept"}])
-    results.store(path, [row | {"case": "a", "row": "new"}])
-    results.store(path, [row | {"case": "a", "threads": "2", "row": "other threads"}])
+    results.store(path, row | {"case": "a"}, [{"row": "old"}, {"row": "older"}])
+    results.store(path, row | {"case": "b"}, [{"row": "kept"}])
+    results.store(path, row | {"case": "a"}, [{"row": "new"}])
+    results.store(path, row | {"case": "a", "threads": "2"}, [{"row": "other threads"}])
     assert [r["row"] for r in rows_of(path)] == ["kept", "new", "other threads"]
+    results.store(path, row | {"case": "a"}, [])  # no row of the case was right
+    assert [r["row"] for r in rows_of(path)] == ["kept", "other threads"]
 
 
 def test_a_broken_write_leaves_the_file(tmp_path, bench, monkeypatch):
     results, path = bench("results"), tmp_path / "m.csv"
     row = dict.fromkeys(results.FIELDS, "1")
-    results.store(path, [row])
+    results.store(path, row, [{}])
     before = path.read_bytes()
     monkeypatch.setattr(results.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        results.store(path, [row | {"case": "a"}])
+        results.store(path, row | {"case": "a"}, [{}])
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -84,7 +97,9 @@ def _constant_noise(out):
     return out._replace(z=out.z * 0 + 0.25, seed=None)[:2]
 
 
-@pytest.mark.parametrize("broken", [_shrunk_kl, _another_seed, _kl_without_gradient, _nan_in_z, _constant_noise])
+@pytest.mark.parametrize(
+    "broken", [_shrunk_kl, _another_seed, _kl_without_gradient, _nan_in_z, _constant_noise]
+)
 def test_a_wrong_row_prints_no_time(broken, tmp_path, bench, monkeypatch, capsys):
     honest = vaeops.reparam_kl
     monkeypatch.setattr(vaeops, "reparam_kl", lambda *args, **options: broken(honest(*args, **options)))
@@ -138,11 +153,11 @@ def test_bad_options(arguments, message, bench, capsys):
 def readme(tmp_path, bench):
     """(call of bench/readme.py on a README with one block, the README, the CSV)"""
     results, path = bench("results"), tmp_path / "box.csv"
-    row = dict.fromkeys(results.FIELDS, "1") | {"machine": "box", "case": "gaussian/128x20", "memory_bytes": "2048"}
-    results.store(path, [
-        row | {"row": "eager", "direction": "forward", "median_us": "50", "min_us": "40"},
-        row | {"row": "eager", "direction": "forward+backward", "median_us": "100", "min_us": "90"},
-        row | {"row": "vaeops (cpp)", "direction": "forward+backward", "median_us": "30", "min_us": "20"},
+    common = dict.fromkeys(results.FIELDS, "1") | {"machine": "box", "memory_bytes": "2048"}
+    results.store(path, common | {"case": "gaussian/128x20"}, [
+        {"row": "eager", "direction": "forward", "median_us": "50", "min_us": "40"},
+        {"row": "eager", "direction": "forward+backward", "median_us": "100", "min_us": "90"},
+        {"row": "vaeops (cpp)", "direction": "forward+backward", "median_us": "30", "min_us": "20"},
     ])  # fmt: skip
     text = tmp_path / "README.md"
     text.write_text("# T\n<!-- bench:gaussian@box -->\n<!-- /bench -->\nrest\n")
@@ -151,7 +166,7 @@ def readme(tmp_path, bench):
 
 
 def test_readme_is_drawn_and_checked(readme, bench):
-    draw, text, path = readme
+    draw, text, _ = readme
     assert draw("--check") == 1
     assert draw() == 0
     assert draw("--check") == 0
@@ -179,7 +194,9 @@ def test_readme_blocks_that_cannot_be_drawn(block, message, readme, capsys):
 
 @pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="no README.md beside the package")
 def test_the_readme_shows_the_committed_results():
-    done = subprocess.run([sys.executable, "bench/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "bench/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -196,7 +213,7 @@ def test_gpu_run_without_a_gpu(tmp_path):
 @pytest.mark.parametrize("script, status", [
     ("print('fine')", "ok"),
     ("raise SystemExit(3)", "failed: exit status 3"),
-    ("print('Device not supported'); raise SystemExit(1)", "not run: compute-sanitizer: device not supported"),
+    ("raise SystemExit('Device not supported')", "not run: compute-sanitizer: device not supported"),
 ])  # fmt: skip
 def test_gpu_stage_outcomes(script, status, tmp_path, bench):
     gpu = bench("gpu")

@@ -60,18 +60,28 @@ def test_the_page_names_everything(monkeypatch):
 
 
 def test_the_host_module_is_asked_when_there(monkeypatch):
-    host = SimpleNamespace(cpu_features=lambda: {"avx2": True}, isa=lambda: "avx2",
-                           build_info=lambda: {"compiler": "g++", "flags": ("-O3",)})  # fmt: skip
+    host = SimpleNamespace(
+        cpu_features=lambda: {"avx2": True, "avx512f": False},
+        build_info=lambda: {"compiler": "c"},
+        isa=lambda library: f"avx2 of {library}",
+    )
     monkeypatch.setattr(_info, "_host", lambda: host)
+    monkeypatch.setattr(_info._native, "path", lambda stem: f"{stem}.so")
     found = vaeops.info()
-    assert found["cpu"]["isa in use"] == "avx2" and found["cpu"]["features"] == {"avx2": True}
-    assert found["native"]["_host"] == {"compiler": "g++", "flags": ["-O3"]}
+    assert found["cpu"]["isa"] == "avx2 of _ops_cpu.so" and found["cpu"]["features"] == ["avx2"]
+    assert found["native"]["_host"] == {"compiler": "c"}
     assert "avx2" in str(found) and json.loads(_info.to_json(found)) == found
 
 
 def test_its_absence_is_said(monkeypatch):
     monkeypatch.setattr(_info, "_host", lambda: None)
-    assert "not built" in vaeops.info()["cpu"]["isa in use"]
+    monkeypatch.setattr(_info._native, "path", lambda stem: f"{stem}.so")
+    assert "not built" in vaeops.info()["cpu"]["isa"] and "not built" in vaeops.info()["cpu"]["features"]
+
+
+def test_without_cpu_kernels_there_is_no_isa(monkeypatch):
+    monkeypatch.setattr(_info._native, "path", lambda stem: None)
+    assert "not loaded" in vaeops.info()["cpu"]["isa"]
 
 
 def test_import_initialises_no_cuda_and_imports_no_triton():

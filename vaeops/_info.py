@@ -1,4 +1,4 @@
-"""`vaeops.info()`: what was built, what this machine offers, and which implementation of each op will run here and why."""
+"""`vaeops.info()`: what was built, what the machine offers, and which implementation of each op runs here."""
 
 import importlib.metadata
 import importlib.util
@@ -17,7 +17,7 @@ _KEYS = {"cpu": "CPU", "cuda": "CUDA"}  # device type -> dispatch key
 
 
 class Info(dict):
-    """A plain dict of strings, lists and dicts, so that `json.dumps` takes it, which prints as a readable page."""
+    """A dict of plain values, which `json.dumps` takes and which prints as a readable page."""
 
     def __str__(self) -> str:
         return "\n".join(line for name, part in self.items() for line in _section(name, part))
@@ -72,12 +72,18 @@ def _versions() -> dict[str, str | None]:
         triton = importlib.metadata.version("triton")  # importing Triton would take seconds
     except importlib.metadata.PackageNotFoundError:
         triton = None
-    return {"vaeops": __version__, "python": platform.python_version(), "torch": torch.__version__, "triton": triton,
-            "cuda": torch.version.cuda}  # fmt: skip
+    python, cuda = platform.python_version(), torch.version.cuda
+    return {
+        "vaeops": __version__,
+        "python": python,
+        "torch": torch.__version__,
+        "triton": triton,
+        "cuda": cuda,
+    }
 
 
 def _host() -> Any | None:
-    """The optional module that knows the CPU; None where it was not built for this Python. A broken one raises."""
+    """The optional module that knows the CPU; None where it was not built. A broken one raises."""
     if importlib.util.find_spec("vaeops._host") is None:
         return None
     return importlib.import_module("vaeops._host")
@@ -88,31 +94,26 @@ def _native_parts(host: Any | None) -> dict[str, Any]:
     for stem in ("_ops_cpu", "_ops_cuda"):
         reason = _native.why_not(stem)
         parts[stem] = f"not loaded: {reason}" if reason else f"loaded from {_native.path(stem)}"
-    parts["_host"] = "not built for this Python; no kernel needs it" if host is None else _plain(host.build_info())
+    parts["_host"] = "not built for this Python; no kernel needs it" if host is None else host.build_info()
     return parts
 
 
-def _plain(value: Any) -> Any:
-    """Whatever the module returns, as something that prints and goes into JSON."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [str(v) for v in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
 def _cpu(host: Any | None) -> dict[str, Any]:
+    """The instruction set is the kernels' own answer; `set_isa` can ask for a lesser one than the CPU has."""
+    kernels = _native.path("_ops_cpu")
     unknown = "unknown: vaeops._host is not built"
+    absent = "none: the CPU kernels are not loaded"
     return {
         "threads": torch.get_num_threads(),
-        "features": unknown if host is None else _plain(host.cpu_features()),
-        "isa in use": unknown if host is None else _plain(host.isa()),
+        "features": unknown if host is None else [name for name, has in host.cpu_features().items() if has],
+        "isa": absent if kernels is None else unknown if host is None else host.isa(str(kernels)),
     }
 
 
 def _gpus() -> list[str] | str:
     if not torch.cuda.is_available():
-        return "none: torch finds no GPU" if torch.version.cuda or torch.version.hip else "none: this torch is CPU only"
+        built = torch.version.cuda or torch.version.hip
+        return "none: torch finds no GPU" if built else "none: this torch is CPU only"
     found = []
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
@@ -121,7 +122,7 @@ def _gpus() -> list[str] | str:
 
 
 def _why_not(op: str, impl: str, device: str) -> str | None:
-    """Why `impl` of this one op cannot run on the device. Asks the dispatcher, so an op without such a kernel shows."""
+    """Why `impl` of this one op cannot run on the device. The dispatcher knows whether it has such a kernel."""
     reason = _library.why_not(impl, device)
     if reason is None and impl != "ref":
         registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"vaeops::{op}.{impl}", _KEYS[device])
@@ -143,7 +144,8 @@ def _ops() -> dict[str, Any]:
     table: dict[str, Any] = {op: {device: _op(op, device) for device in devices} for op in _library.names}
     if torch.backends.mps.is_available() or torch.xpu.is_available():
         for op in table:
-            table[op]["mps, xpu"] = {"runs": "ref", **{i: "not written for this device" for i in _library.IMPLS[1:]}}
+            others = dict.fromkeys(_library.IMPLS[1:], "not written for this device")
+            table[op]["mps, xpu"] = {"runs": "ref", **others}
     return table
 
 
@@ -151,8 +153,8 @@ def info() -> Info:
     """What was built, what the machine offers, and op by op which implementation runs on which device.
 
     Returns:
-        Info, a dict that prints as a page, of plain values: "versions", "native", "cpu", "gpu", "environment" (variables
-        that steer vaeops; None: not set), "ops" ({op: {device: {"runs": impl, other: why not}}}).
+        Info, a dict that prints as a page, of plain values: "versions", "native", "cpu", "gpu", "environment"
+        (variables that steer vaeops; None: not set), "ops" ({op: {device: {"runs": impl, other: why not}}}).
 
     With a CUDA GPU it asks for the device's name, which initialises CUDA; `import vaeops` alone never does.
     """

@@ -18,15 +18,22 @@ def _info(args: argparse.Namespace) -> int:
 
 def _bench(rest: list[str]) -> int:
     if not _BENCH.exists():
-        print(f"vaeops bench: the benchmarks come with a source checkout; there is none at {_BENCH.parent}", file=sys.stderr)
+        print(
+            f"vaeops bench: the benchmarks come with a source checkout; there is none at {_BENCH.parent}",
+            file=sys.stderr,
+        )
         return 2
     return subprocess.call([sys.executable, str(_BENCH), *rest])
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="vaeops", description="Fused kernels for variational autoencoders in PyTorch.")
+    parser = argparse.ArgumentParser(
+        prog="vaeops", description="Fused kernels for variational autoencoders in PyTorch."
+    )
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    info = commands.add_parser("info", help="what was built, what this machine offers, and what will run (the default)")
+    info = commands.add_parser(
+        "info", help="what was built, what this machine offers, and what will run (the default)"
+    )
     info.add_argument("--json", action="store_true", help="as JSON")
     commands.add_parser("bench", help="run the benchmarks of a source checkout; takes bench/run.py's options")
     argv = (sys.argv[1:] if argv is None else argv) or ["info"]

@@ -1,7 +1,8 @@
 """The Gaussian step: sample and KL of q = N(mu, sigma^2) against N(0, I).
 
-Every row draws its own noise, as in training, so rows cannot be compared with each other. The check reads a row's noise
-back from its z and asks whether KL and gradients are those of that noise; ours must also have drawn what its seed says.
+Every row draws its own noise, as in training, so rows cannot be compared with each other. The check reads a
+row's noise back from its z and asks whether KL and gradients are those of that noise. Ours must also have drawn
+what its seed says.
 """
 
 import math
@@ -22,7 +23,7 @@ FREE_BITS = 0.05  # nats a dimension
 
 
 def _total(kl: Tensor, reduction: str) -> Tensor:
-    """Per-element KL [B, ...] to the case's: "sample" [B], "batchmean" [], or the free-bits sum over dimensions []."""
+    """Per-element KL [B, ...] to "sample" [B], "batchmean" [] or, for "dim", the free-bits sum []."""
     if reduction == "dim":
         return kl.mean(0).clamp(min=FREE_BITS).sum()
     kl = kl.flatten(1).sum(1)
@@ -87,7 +88,9 @@ class GaussianCase:
     def _ours(self, impl: str | None, **options) -> Callable[..., tuple]:
         if self.packed:
             clamp = (-30.0, 20.0)
-            return lambda moments: vaeops.reparam_kl_packed(moments, clamp=clamp, reduction=self.reduction, impl=impl)
+            return lambda moments: vaeops.reparam_kl_packed(
+                moments, clamp=clamp, reduction=self.reduction, impl=impl
+            )
         if self.reduction == "dim":
 
             def free_bits(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -95,7 +98,9 @@ class GaussianCase:
                 return z, kl.clamp(min=FREE_BITS).sum(), seed
 
             return free_bits
-        return lambda mu, logvar: vaeops.reparam_kl(mu, logvar, reduction=self.reduction, impl=impl, **options)
+        return lambda mu, logvar: vaeops.reparam_kl(
+            mu, logvar, reduction=self.reduction, impl=impl, **options
+        )
 
     def _low_level(self, device: torch.device) -> Callable[..., tuple]:
         seed = vaeops.rng.make_seed(device)
@@ -134,7 +139,9 @@ class GaussianCase:
         noise = (z.double() - mu.double()) / (0.5 * logvar.double()).exp()
         shares = {"noise": normality_share(noise)}
         if len(outputs) > 2:
-            shares["z"] = max(self._sample_share(z, mu, logvar, outputs[2], *probe) for probe in probes(z.numel()))
+            shares["z"] = max(
+                self._sample_share(z, mu, logvar, outputs[2], *probe) for probe in probes(z.numel())
+            )
 
         def formula(dtype: torch.dtype, rule: Callable) -> tuple[Tensor, ...]:
             copies = tuple(t.detach().to(dtype).requires_grad_(row.backward) for t in leaves)
