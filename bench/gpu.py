@@ -36,7 +36,7 @@ PLANTED = 99  # exit status asked of compute-sanitizer when it has found an erro
 
 @dataclass(frozen=True)
 class Stage:
-    """`command`, run in the repository's root. `refused(status, log)`: why the machine stopped it, not the code."""
+    """`command`, run in the repository's root. `refused(status, log)`: why the machine stopped it."""
 
     name: str
     seconds: int
@@ -112,12 +112,12 @@ def stages(out: Path, family: str | None) -> list[Stage]:
     no_compiler = None if compiler else "no nvcc: Triton kernels serve the GPU"
     building = {"TORCH_CUDA_ARCH_LIST": architecture() if gpu else "", "VAEOPS_CUDA": "require"}
     tests = [python, "-m", "pytest", "-m", "gpu", *(["-k", family] if family else [])]
-    benchmark = [python, "bench/run.py", "--device", "cuda", "--out", str(out), *case]
+    benchmark = [python, "bench/run.py", "--device", "cuda", "--rounds", "9", "--out", str(out), *case]
     sweep = [python, "bench/sweep.py", "--out", str(out / "sweep.csv"), *case]
     return [
         Stage("build", 150, install, no_gpu or no_compiler, environment=building),
         Stage("test", 120, tests, no_gpu, _tests_refused),
-        Stage("benchmark", 150, benchmark, no_gpu),
+        Stage("benchmark", 220, benchmark, no_gpu),
         sanitize("memcheck"),
         sanitize("racecheck"),
         Stage("sweep", 120, sweep, no_gpu, _sweep_refused),

@@ -24,15 +24,20 @@ def _kind(row: dict) -> str:
     """The case without its shape: what a line of the time plot has in common."""
     parts = CASE_SHAPE.fullmatch(row["case"])
     assert parts is not None, row["case"]
-    return f"{parts['family']}/{parts['prefix'] or ''}{parts['kind'].lstrip('-')}"
+    return f"{parts['family']} {parts['prefix'] or ''}{parts['kind'].lstrip('-')}"
 
 
 def _time_by_size(rows: list[dict], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     kinds = _by(({**r, "kind": _kind(r)} for r in rows), "kind")
-    figure = Figure(figsize=(5 * len(kinds), 4), layout="constrained")
-    for axes, ((kind,), group) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds.items()):
+    columns = min(3, len(kinds))
+    lines = -(-len(kinds) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.5 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in grid[len(kinds) :]:
+        axes.remove()
+    for axes, ((kind,), group) in zip(grid, kinds.items()):
         for (name,), line in _by(group, "row").items():
             line = sorted(line, key=lambda r: int(r["elements"]))
             sizes = [int(r["elements"]) for r in line]
@@ -62,7 +67,7 @@ def _bars(rows: list[dict], value: str, scale: float, label: str, title: str, pa
     )
     axes.invert_yaxis()
     axes.set(xlabel=label, title=title)
-    axes.legend(fontsize=7)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=7)
     figure.savefig(path)
 
 

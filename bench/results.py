@@ -70,7 +70,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def store(path: Path, common: dict, rows: Iterable[dict]) -> None:
-    """Replace what the file holds of `common`'s machine, case and threads by `rows`, each with `common` added.
+    """Replace what the file holds of `common`'s machine, case and threads by `rows`, `common` added to each.
 
     A case is replaced whole: rows of one table then come from one run, and none outlives a row that has gone.
     """

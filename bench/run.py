@@ -4,9 +4,9 @@
 
 Each row is first checked against the fp64 reference; a wrong one prints no time and makes the exit status 1.
 Rounds of all rows are interleaved in rotating order. A speed-up is the rival's FASTEST round over our MEDIAN.
-GB/s counts the bytes that a fused kernel has to move, whatever a row really moves. Its share is of a plain copy
-measured in the same run; above 100 % the data came from a cache. Memory: on a CPU the bytes kept for backward, on
-a GPU the peak above the inputs.
+GB/s counts the bytes that a fused kernel has to move, whatever a row really moves. Its share is of a plain
+copy measured in the same run; above 100 % the data came from a cache. Memory: on a CPU the bytes kept for
+backward, on a GPU the peak above the inputs.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     ceiling = 2 * size / copy.min
     print(f"{name}, {common['threads']} CPU threads; {common['versions']}; commit {common['commit']}")
     print(
-        f"{args.rounds} rounds; copy ceiling {ceiling / 1e9:.1f} GB/s (read + write, {bytes_text(size)} buffers)"
+        f"{args.rounds} rounds; a copy moves {ceiling / 1e9:.1f} GB/s ({bytes_text(size)}, read + write)"
     )
     if args.quick:
         print(f"--quick leaves {COMPILE} out")

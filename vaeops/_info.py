@@ -122,7 +122,7 @@ def _gpus() -> list[str] | str:
 
 
 def _why_not(op: str, impl: str, device: str) -> str | None:
-    """Why `impl` of this one op cannot run on the device. The dispatcher knows whether it has such a kernel."""
+    """Why `impl` of this one op cannot run on the device; the dispatcher knows whether it has a kernel."""
     reason = _library.why_not(impl, device)
     if reason is None and impl != "ref":
         registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"vaeops::{op}.{impl}", _KEYS[device])

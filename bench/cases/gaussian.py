@@ -1,8 +1,8 @@
 """The Gaussian step: sample and KL of q = N(mu, sigma^2) against N(0, I).
 
 Every row draws its own noise, as in training, so rows cannot be compared with each other. The check reads a
-row's noise back from its z and asks whether KL and gradients are those of that noise. Ours must also have drawn
-what its seed says.
+row's noise back from its z and asks whether KL and gradients are those of that noise. Ours must also have
+drawn what its seed says.
 """
 
 import math
@@ -104,7 +104,7 @@ class GaussianCase:
 
     def _low_level(self, device: torch.device) -> Callable[..., tuple]:
         seed = vaeops.rng.make_seed(device)
-        op, code = torch.ops.vaeops.gaussian_fwd, ref.REDUCTIONS.index(self.reduction)
+        op, code = torch.ops.vaeops.gaussian_fwd.default, ref.REDUCTIONS.index(self.reduction)
 
         def call(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             z, kl = op(mu, logvar, None, None, seed, None, 0, 0, -math.inf, math.inf, code, 1, 1.0)

@@ -21,7 +21,8 @@ def probes(n: int) -> list[tuple[int, int]]:
 
 
 def probe_noise(seed: Tensor, begin: int, end: int) -> Tensor:
-    return ref.normal((end - begin,), vaeops.rng.advance(seed, begin))
+    """The normals that `seed` draws there, by the reference on the CPU."""
+    return ref.normal((end - begin,), vaeops.rng.advance(seed.cpu(), begin)).to(seed.device)
 
 
 @dataclass(frozen=True)
