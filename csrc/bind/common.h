@@ -1,5 +1,6 @@
 // From torch tensors to the launchers' structs: what every binding shares. A binding checks, allocates and launches.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -37,6 +38,41 @@ inline Dtype dtype_of(const Tensor& x, const char* name) {
 inline ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
+
+// An uninitialised tensor on `like`'s device. Straight to the C entry point: torch::stable::new_empty looks its operator up
+// by name on every call, which costs more than the allocation.
+inline Tensor empty(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t rank, int32_t dtype) {
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle out = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(rank, sizes, strides, dtype, device_type, like.get_device_index(), &out));
+  return Tensor(out);
+}
+
+// Row-major.
+inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t rank, ScalarType dtype) {
+  STD_TORCH_CHECK(rank <= kMaxRank, "at most ", kMaxRank, " dims are supported, got ", rank);
+  int64_t strides[kMaxRank], step = 1;
+  for (int64_t d = rank - 1; d >= 0; --d) {
+    strides[d] = step;
+    step *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  const int32_t code = dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
+                       : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
+                                                     : aoti_torch_dtype_int64();
+  return empty(like, sizes, strides, rank, code);
+}
+
+// empty_like: the same memory format.
+inline Tensor uninitialized_like(const Tensor& x) {
+  if (!x.is_contiguous()) return torch::stable::empty_like(x);
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return empty(x, x.sizes().data(), x.strides().data(), x.dim(), dtype);
+}
+
+inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 inline bool same_sizes(const Tensor& a, const Tensor& b) {
   const auto x = a.sizes(), y = b.sizes();
@@ -170,16 +206,10 @@ inline Tensor reduced_like(const Tensor& like, Reduction reduction, int64_t batc
     for (int64_t d = begin; d < end; ++d) out[rank++] = sizes[d];
   };
   const int64_t all = like.dim();
-  if (reduction == Reduction::off) out[rank++] = 0;
   if (reduction == Reduction::none) take(0, all);
   if (reduction == Reduction::dim) take(batch_ndim, all);
   if (reduction == Reduction::sample) take(0, batch_ndim);
-  return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(out, rank), compute_type(like));
-}
-
-inline Tensor absent_like(const Tensor& like, ScalarType dtype) {
-  const int64_t none[1] = {0};
-  return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(none, 1), dtype);
+  return empty(like, out, rank, compute_type(like));
 }
 
 inline Noise noise_of(const Tensor& seed, int64_t n) {
