@@ -159,9 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     copy = measure.copy_ceiling(args.device, args.rounds, size)
     ceiling = 2 * size / copy.min
     print(f"{name}, {common['threads']} CPU threads; {common['versions']}; commit {common['commit']}")
-    print(
-        f"{args.rounds} rounds; a copy moves {ceiling / 1e9:.1f} GB/s ({bytes_text(size)}, read + write)"
-    )
+    print(f"{args.rounds} rounds; copy ceiling {ceiling / 1e9:.1f} GB/s (read + write, {bytes_text(size)})")
     if args.quick:
         print(f"--quick leaves {COMPILE} out")
     if out is not None:

@@ -11,7 +11,6 @@ import argparse
 import csv
 import importlib
 import itertools
-import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,37 +42,25 @@ FIELDS = (
     "p20_us", "p80_us", "min_us", "rounds", "gb_per_s",
 )  # fmt: skip
 
-Candidate = tuple[int, int]
 
-
-class Table:
-    """The launchers' `settings` function, which `use` replaces wherever a kernel module has imported it."""
-
-    def __init__(self) -> None:
-        kernels = importlib.import_module("vaeops.kernels")
-        names = [m.name for m in pkgutil.walk_packages(kernels.__path__, "vaeops.kernels.")]
-        modules = [importlib.import_module(name) for name in names]
-        self.present: Callable = importlib.import_module("vaeops.kernels._layout").settings
-        self._users: list[ModuleType] = [m for m in modules if getattr(m, "settings", None) is self.present]
-
-    def use(self, candidate: Candidate | None) -> None:
-        settings = self.present if candidate is None else lambda dtype: candidate
-        for module in self._users:
-            module.settings = settings  # type: ignore[attr-defined]
+def use(layout: ModuleType, settings: Callable) -> None:
+    """Launchers look `settings` up in its module at every call."""
+    layout.settings = settings  # type: ignore[attr-defined]
 
 
 def triton_row(case: Case, device: torch.device) -> Row:
     return next(row for row in case.rows(device, compiled=False) if row.name == "vaeops (triton)")
 
 
-def sweep(case: Case, table: Table, device: torch.device, rounds: int) -> list[dict]:
+def sweep(case: Case, layout: ModuleType, device: torch.device, rounds: int) -> list[dict]:
     """Rows of FIELDS for every candidate that compiles and is right; prints them, the quickest first."""
     torch.manual_seed(0)
     sets = measure.input_sets(case, device)
     row = triton_row(case, device)
+    present = layout.settings
     work = {}
     for candidate in itertools.product(ELEMENTS, WARPS):
-        table.use(candidate)
+        use(layout, _always(candidate))
         try:
             shares = case.check(row, sets[0])
         except Exception as error:
@@ -84,15 +71,14 @@ def sweep(case: Case, table: Table, device: torch.device, rounds: int) -> list[d
             continue
         for direction, step in measure.steps(case, row, sets).items():
             # Backward runs outside the row's call, so the candidate is put in place before each step.
-            work[f"{candidate[0]} {candidate[1]}", direction] = _stepper(table, candidate, step)
+            work[f"{candidate[0]} {candidate[1]}", direction] = _stepper(layout, _always(candidate), step)
     timings = measure.interleaved(work, rounds, 0.005, device) if work else {}
-    table.use(None)
-    present = table.present(case.dtype)
+    use(layout, present)
     found = []
     for (name, direction), timing in sorted(timings.items(), key=lambda item: (item[0][1], item[1].median)):
         elements, warps = map(int, name.split())
         size = case.bytes_forward + (case.bytes_backward if "backward" in direction else 0)
-        mark = (elements, warps) == tuple(present)
+        mark = (elements, warps) == tuple(present(case.dtype))
         print(f"  {direction:17s} {elements:5d} elements {warps} warps  {time_text(timing.median):>9s}  "
               f"{size / timing.median / 1e9:7.1f} GB/s{'  (present)' if mark else ''}")  # fmt: skip
         found.append({
@@ -103,9 +89,15 @@ def sweep(case: Case, table: Table, device: torch.device, rounds: int) -> list[d
     return found
 
 
-def _stepper(table: Table, candidate: Candidate, step: Callable[[int], object]) -> Callable[[int], object]:
+def _always(candidate: tuple[int, int]) -> Callable:
+    return lambda dtype: candidate
+
+
+def _stepper(
+    layout: ModuleType, settings: Callable, step: Callable[[int], object]
+) -> Callable[[int], object]:
     def run(i: int) -> None:
-        table.use(candidate)
+        use(layout, settings)
         step(i)
 
     return run
@@ -122,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     if refusal:
         print(f"not run: {refusal}")
         return 0
-    table = Table()
+    layout = importlib.import_module("vaeops.kernels._layout")
     device = torch.device("cuda")
     common = {"commit": results.commit(), "versions": results.versions(), "machine": results.machine(device),
               "date": results.today()}  # fmt: skip
@@ -132,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         for case in select(CASES):
             if args.case in (None, case.family):
                 print(f"{case.family}/{case.name}")
-                writer.writerows(common | row for row in sweep(case, table, device, args.rounds))
+                writer.writerows(common | row for row in sweep(case, layout, device, args.rounds))
                 file.flush()
     return 0
 

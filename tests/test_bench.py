@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -239,15 +240,40 @@ def test_gpu_stages_after_the_time_is_up(tmp_path, bench):
     assert outcome["status"].startswith("not run: the time")
 
 
-def test_sweep_reaches_the_launch_table(bench):
+def test_launchers_take_the_settings_that_the_sweep_puts_in_place():
+    """Under Triton's interpreter, which needs a process of its own."""
     pytest.importorskip("triton")
-    layout = pytest.importorskip("vaeops.kernels._layout")
-    table = bench("sweep").Table()
-    rng = importlib.import_module("vaeops.kernels.rng")
-    present = layout.settings(torch.float32)
-    try:
-        table.use((2 * present[0], 1))
-        assert rng.settings(torch.float32) == (2 * present[0], 1)
-    finally:
-        table.use(None)
-    assert rng.settings(torch.float32) == present
+    pytest.importorskip("vaeops.kernels._layout")
+    code = """if True:
+        import torch, vaeops
+        from bench import sweep
+        from vaeops.kernels import _layout
+        asked, present = [], _layout.settings
+        sweep.use(_layout, lambda dtype: asked.append(dtype) or present(dtype))
+        seed = torch.tensor([1, 2])
+        vaeops.rng.normal((8,), seed, impl="triton")
+        mu, logvar = (torch.zeros(2, 4, requires_grad=True) for _ in range(2))
+        out = vaeops.reparam_kl(mu, logvar, seed=seed, impl="triton")
+        out.kl.backward()
+        print(len(asked))"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "3", done.stdout + done.stderr
+
+
+def test_gpu_stages_on_a_machine_with_a_gpu(tmp_path, bench, monkeypatch):
+    gpu = bench("gpu")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "toolkit_tool", lambda name: "/opt/nvcc" if name == "nvcc" else None)
+    found = {stage.name: stage for stage in gpu.stages(tmp_path, "gaussian")}
+    assert found["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
+    assert {name: stage.refusal for name, stage in found.items() if stage.refusal} == {
+        "memcheck": "compute-sanitizer is not installed", "racecheck": "compute-sanitizer is not installed",
+    }  # fmt: skip
+    for stage in found.values():
+        scripts = [part for part in stage.command if part.endswith(".py")]
+        assert all((ROOT / script).is_file() for script in scripts)
+        assert "gaussian" in stage.command or stage.name == "build"
