@@ -12,8 +12,8 @@ import torch
 
 from .case import Case, Inputs, Row, cotangents
 
-MAX_CALLS = 2000
-WARM_ROUNDS = 2
+MIN_CALLS, MAX_CALLS = 3, 2000  # of one row in one round
+WARM_ROUNDS = 1
 TURN_SECONDS = 0.03  # of one row in one round
 CEILING_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of one buffer: past any cache
 
@@ -103,8 +103,8 @@ def interleaved(work: dict[tuple[str, str], Callable[[int], object]], rounds: in
     keys = list(work)
     calls = {}
     for key in keys:
-        seconds_per_call(work[key], 3, device)
-        calls[key] = min(MAX_CALLS, max(3, math.ceil(turn / seconds_per_call(work[key], 3, device))))
+        seconds_per_call(work[key], 1, device)
+        calls[key] = min(MAX_CALLS, max(MIN_CALLS, math.ceil(turn / seconds_per_call(work[key], 1, device))))
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
     with quiet_gc():
         for r in range(-WARM_ROUNDS, rounds):

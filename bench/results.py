@@ -42,7 +42,7 @@ def versions() -> str:
 
 
 def commit() -> str:
-    """The short hash, with + when tracked files differ from it."""
+    """The short hash, with + when tracked files differ from it; results and pages do not count."""
 
     def git(*args: str) -> str:
         return subprocess.run(
@@ -50,7 +50,9 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "--short=10", "HEAD") + (
+            "+" if git("status", "--porcelain", "-uno", "--", ".", ":!bench/results", ":!*.md") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
