@@ -16,12 +16,13 @@ enum class Reduction : int32_t { off = -1, none, dim, sample, batchmean, mean, s
 constexpr int kMaxDims = 8;
 
 // The logical shape that all operands of a call share, adjacent dims merged where every operand allows it.
-// The batch dims come first; `rows` of them hold `n / rows` elements each.
+// The batch dims come first: R rows of `width` elements each.
 struct Shape {
   int32_t ndim;
   int64_t size[kMaxDims];
   int64_t n;     // elements
   int64_t rows;  // R: product of the batch dims (1 when there are none)
+  int64_t width;  // n / R: product of the other dims; what it says also holds where R is 0
 };
 
 // One tensor read or written through a Shape. Strides are in elements; 0 where the tensor is broadcast.

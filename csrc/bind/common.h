@@ -94,12 +94,11 @@ class Layout {
     for (int d = 0; d < rank_; ++d) {
       size_[d] = sizes[d];
       n_ *= size_[d];
-      if (d < batch_ndim) rows_ *= size_[d];
+      (d < batch_ndim ? rows_ : width_) *= size_[d];
     }
   }
 
   int64_t n() const { return n_; }
-  int64_t rows() const { return rows_; }
 
   // `x` broadcast to the logical shape; its first dim stands at logical dim `first` (default: aligned at the end).
   void add(Operand& operand, const Tensor& x, const char* name, int first = -1) {
@@ -135,6 +134,7 @@ class Layout {
     Shape shape{};
     shape.n = n_;
     shape.rows = rows_;
+    shape.width = width_;
     int last = -1;  // last logical dim taken into the shape
     int64_t merged[kMaxEntries][kMaxDims];
     for (int d = 0; d < rank_ && n_ > 0; ++d) {
@@ -180,7 +180,7 @@ class Layout {
   }
 
   int rank_, entries_ = 0;
-  int64_t size_[kMaxRank], n_ = 1, rows_ = 1;
+  int64_t size_[kMaxRank], n_ = 1, rows_ = 1, width_ = 1;
   int64_t stride_[kMaxEntries][kMaxRank];
   int64_t* target_[kMaxEntries];
   Operand* operand_[kMaxEntries];

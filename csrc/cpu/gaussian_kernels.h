@@ -21,10 +21,11 @@ VAEOPS_INLINE Exp exp_parts(F h) {
   const F q = horner(f, set1(1.37805939e-3f), 8.37312452e-3f, 4.16695364e-2f, 1.66664720e-1f, 4.99999851e-1f);
   const F r = q * (f * f);
   const F power = power_of_two(at_least(at_most(j, 127.0f), -126.0f));
+  const F growth = f + r, below = power - set1(1.0f);
   Exp e;
-  e.sigma = scale(set1(1.0f) + (f + r), j);
-  e.gap = fma(power, r, fma(power, f, power - set1(1.0f)) - top);
-  e.u = top + e.gap;
+  e.sigma = scale(set1(1.0f) + growth, j);
+  e.u = fma(power, growth, below);
+  e.gap = fma(power, r, fma(power, f, below) - top);
   return e;
 }
 

@@ -26,7 +26,7 @@ inline double sum_lanes(const C* lanes) {
 template <class C, class Tile>
 inline void reduce_tiles(const Shape& shape, Reduction reduction, C* out, int64_t step, ParallelFor parallel,
                          const Tile& tile) {
-  const int64_t n = shape.n, rows = shape.rows, width = rows > 0 ? n / rows : 0;
+  const int64_t n = shape.n, rows = shape.rows, width = shape.width;
   const double factor = reduction_scale(reduction, shape);
   const ParallelFor loop = n <= kSerial ? serial : parallel;
 

@@ -71,6 +71,7 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
     fwd_op, bwd_op = fwd._op, bwd._op
 
     nothing = (None,) * (tensors - wrt)
+    no_gradient = (None,) * (1 + tensors)
 
     class Eager(Function):
         @staticmethod
@@ -82,6 +83,8 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
 
         @staticmethod
         def backward(ctx, *grads):
+            if grads.count(None) == outputs:  # an undefined gradient reached every output
+                return no_gradient
             kernel = reference if _is_grad_enabled() else bwd_op
             return None, *kernel(*grads, *ctx.saved_tensors, *ctx.options), *nothing
 

@@ -116,12 +116,8 @@ def fold_in(seed: Tensor, index: int | Tensor) -> Tensor:
             raise TypeError(f"fold_in: index must be an int or an int64 tensor, got {index.dtype}")
         if index.device != seed.device:
             raise ValueError(f"fold_in: index is on {index.device}, it must be on {seed.device}")
-        try:
-            torch.broadcast_shapes(seed.shape[:-1], index.shape)
-        except RuntimeError:
-            raise ValueError(
-                f"fold_in: index {list(index.shape)} does not broadcast with the seeds {list(seed.shape[:-1])}"
-            ) from None
+        if any(m != n and m != 1 and n != 1 for m, n in zip(seed.shape[-2::-1], index.shape[::-1])):
+            raise ValueError(f"fold_in: index {list(index.shape)} does not broadcast with seeds {list(seed.shape[:-1])}")
     elif not isinstance(index, int) or isinstance(index, bool):
         raise TypeError(f"fold_in: index must be an int or an int64 tensor, got {type(index).__name__}")
     elif not 0 <= index < 2**63:
@@ -170,7 +166,7 @@ def advance(seed: Tensor, elements: int | Tensor) -> Tensor:
         )
     else:
         blocks = elements // 4
-    return torch.stack((seed[..., 0], seed[..., 1] + blocks), dim=-1)
+    return torch.stack(torch.broadcast_tensors(seed[..., 0], seed[..., 1] + blocks), dim=-1)
 
 
 def normal(shape: list[int] | tuple[int, ...] | torch.Size, seed: Tensor, *, impl: str | None = None) -> Tensor:

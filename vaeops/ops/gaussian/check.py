@@ -16,23 +16,21 @@ _NO_CLAMP = (-math.inf, math.inf)
 
 def pair(op: str, a: str, b: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Two floating tensors of one dtype and device, broadcast to one shape."""
-    for name, t in ((a, x), (b, y)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
-    dtype = x.dtype
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        name, wrong = (b, y) if isinstance(x, Tensor) else (a, x)
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(wrong).__name__}")
+    dtype, device, shape = x.dtype, x.device, x.shape
     if dtype not in FLOATS:
         raise TypeError(f"{op}: {a} must be float32, bfloat16, float16 or float64, got {dtype}")
     if y.dtype is not dtype:
         raise TypeError(f"{op}: {b} must have {a}'s dtype {dtype}, got {y.dtype}")
-    if x.device != y.device:
-        raise ValueError(f"{op}: {b} is on {y.device}, it must be on {a}'s device {x.device}")
-    if x.shape != y.shape:
-        try:
-            x, y = torch.broadcast_tensors(x, y)
-        except RuntimeError:
-            raise ValueError(
-                f"{op}: {b} {list(y.shape)} does not broadcast with {a} {list(x.shape)}"
-            ) from None
+    if y.device != device:
+        raise ValueError(f"{op}: {b} is on {y.device}, it must be on {a}'s device {device}")
+    if y.shape != shape:
+        # By hand: an exception out of broadcast_tensors would have another text under torch.compile.
+        if any(m != n and m != 1 and n != 1 for m, n in zip(shape[::-1], y.shape[::-1])):
+            raise ValueError(f"{op}: {b} {list(y.shape)} does not broadcast with {a} {list(shape)}")
+        x, y = torch.broadcast_tensors(x, y)
     return x, y
 
 
