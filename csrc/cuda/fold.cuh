@@ -208,7 +208,7 @@ template <int kRows>
 __device__ __forceinline__ void sum_down(double (&table)[kRows][kThreads], int across) {
   for (int half = kThreads / 2; half >= across; half /= 2) {
     __syncthreads();
-    if (threadIdx.x < half) {
+    if (static_cast<int>(threadIdx.x) < half) {
 #pragma unroll
       for (int e = 0; e < kRows; ++e) table[e][threadIdx.x] += table[e][threadIdx.x + half];
     }
