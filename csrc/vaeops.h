@@ -114,6 +114,10 @@ Isa best_isa();
 Isa isa();
 bool set_isa(Isa wanted);  // false when the machine lacks it
 
+// Asks for 2 MiB pages in the part of a fresh output that can have them: touching its 4 KiB pages for the first time would
+// cost more than the kernel. A hint; a refusal is of no consequence.
+void advise_large_pages(void* data, size_t bytes);
+
 }  // namespace cpu
 
 // The tensors of a call, its scratch memory and its stream belong to the current device. Launchers return a cudaError_t

@@ -98,8 +98,6 @@ def finish_per_example(x: Tensor, shape: torch.Size, reduction: int, batch_ndim:
 
 
 def reduced_shape(shape: torch.Size, reduction: int, batch_ndim: int) -> list[int]:
-    if reduction == NO_KL:
-        return [0]
     return list((shape, shape[batch_ndim:], shape[:batch_ndim], (), (), ())[reduction])
 
 
@@ -142,13 +140,10 @@ def _latent(mu, rho, prior_mu, prior_rho, seed, eps, param, clamp_lo, clamp_hi, 
 
 def gaussian_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi, reduction, batch_ndim,
                  temperature):  # fmt: skip
-    """(z, kl); the one that was not asked for (no seed and no eps; reduction NO_KL) has no elements."""
+    """(z, kl); None for the one that was not asked for: no seed and no eps, or reduction NO_KL."""
     mu, rho = _unpack(q, rho, packed_dim)
     z, kl = _latent(mu, rho, prior_mu, prior_rho, seed, eps, param, clamp_lo, clamp_hi, reduction, batch_ndim, temperature)
-    out = mu.new_empty(0) if z is None else torch.empty_like(mu).copy_(z)
-    if kl is None:
-        kl = mu.new_empty(0, dtype=compute_dtype(mu.dtype))
-    return out, kl.contiguous()
+    return None if z is None else torch.empty_like(mu).copy_(z), None if kl is None else kl.contiguous()
 
 
 def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi, reduction,

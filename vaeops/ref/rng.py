@@ -97,7 +97,7 @@ def _sincos(word: Tensor) -> tuple[Tensor, Tensor]:
 
 def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     u = _fma(a.float(), 2.0**-32, 2.0**-33)  # in (0, 1]: |normal| <= 6.76
-    radius = (-2.0 * _log(u)).sqrt()
+    radius = (-2.0 * _log(u)).double().sqrt().float()  # rounded once; torch's fp32 sqrt may call a library that is not
     s, c = _sincos(b)
     return radius * c, radius * s
 

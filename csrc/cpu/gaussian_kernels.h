@@ -1,0 +1,339 @@
+// The Gaussian step on contiguous tiles, for one instruction set. No include guard: see foreach_isa.h.
+//
+// The usual call (log-variance, prior N(0, I), no clamp, temperature 1, noise drawn here) is compiled apart (kPlain), so
+// that everything it needs stays in registers; the general one tests flags that do not change within a tile.
+
+using Options = TileOptions<float>;
+
+// One evaluation of exp serves all that the step needs of h = log sigma. With f = h - j log 2:
+//     sigma = exp(h)     gap = expm1(h) - h     u = expm1(h)
+// For |h| < 0.35, j = 0 and gap is the series itself: no cancellation near the prior, and no select.
+// Then expm1(2h) = u (u + 2) and expm1(2h) - 2h = u^2 + 2 gap.
+struct Exp {
+  F sigma, gap, u;
+};
+
+VAEOPS_INLINE Exp exp_parts(F h) {
+  const F top = at_most(h, 89.0f);  // exp overflows at 88.7
+  const F x = at_least(top, -104.0f);
+  const F j = rint(x * set1(1.44269504f));
+  const F f = fnma(j, set1(1.42860677e-6f), fnma(j, set1(0.693145752f), x));
+  const F q = horner(f, set1(1.37805939e-3f), 8.37312452e-3f, 4.16695364e-2f, 1.66664720e-1f, 4.99999851e-1f);
+  const F r = q * (f * f);
+  const F power = power_of_two(at_least(at_most(j, 127.0f), -126.0f));
+  Exp e;
+  e.sigma = scale(set1(1.0f) + (f + r), j);
+  e.gap = fma(power, r, fma(power, f, power - set1(1.0f)) - top);
+  e.u = top + e.gap;
+  return e;
+}
+
+VAEOPS_INLINE F expm1_twice(const Exp& e) { return fma(e.u, e.u, e.u + e.u); }      // expm1(2h)
+VAEOPS_INLINE F gap_twice(const Exp& e) { return fma(e.u, e.u, e.gap + e.gap); }    // expm1(2h) - 2h
+
+// Natural logarithm of any float.
+VAEOPS_INLINE F log(F x) {
+  const Mask subnormal = less(x, set1(0x1p-126f));
+  const F y = log_unit(select(subnormal, x * set1(0x1p23f), x));
+  const F shifted = select(subnormal, y - set1(23 * 0.693147182f), y);
+  const F infinity = set1(__builtin_inff());
+  const F positive = select(less(x, infinity), shifted, x);
+  const F other = (x - x) + select(less(x, set1(0.0f)), infinity - infinity, set1(0.0f) - infinity);  // 0: -inf; else NaN
+  return select(less(set1(0.0f), x), positive, other);
+}
+
+VAEOPS_INLINE F log_variance(F rho, Param param) {
+  if (param == Param::logvar) return rho;
+  if (param == Param::logstd) return rho + rho;
+  const F half = log(rho);
+  return half + half;
+}
+
+// 1 / s of a prior. exp's argument stops at 88, so that t = (mu - m) / s stays 0 where mu = m.
+VAEOPS_INLINE F inverse_sigma(F rho, Param param) {
+  if (param == Param::std) return set1(1.0f) / rho;
+  const F h = param == Param::logvar ? rho * set1(0.5f) : rho;
+  return exp_parts(at_most(set1(0.0f) - h, 88.0f)).sigma;
+}
+
+VAEOPS_INLINE F clamp(F rho, const Options& o) { return at_least(at_most(rho, o.clamp_hi), o.clamp_lo); }
+
+template <bool kPlain, class T>
+VAEOPS_INLINE void forward_block(const ForwardTile<T>& t, int64_t i, const Options& o, const F* noise,
+                                 F (&lanes)[kVectors], float* elements) {
+  const bool plain = kPlain;
+  const Param param = plain ? Param::logvar : o.param;
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t at = i + v * kWidth;
+    const F mu = load(t.mu + at);
+    F rho = load(t.rho + at);
+    if (!plain && o.clamped) rho = clamp(rho, o);
+    const F lv = log_variance(rho, param);
+    const Exp e = exp_parts(lv * set1(0.5f));
+    if (plain || t.noise.any()) {
+      const F sigma = !plain && param == Param::std ? rho : e.sigma;
+      const F eps = plain || t.noise.drawn ? noise[v] : load(t.noise.eps + at);
+      store(t.z + at, fma(plain ? sigma : sigma * set1(o.temperature), eps, mu));
+    }
+    if (!plain && t.lanes == nullptr && elements == nullptr) continue;
+    F twice;  // 2 KL
+    if (!plain && t.prior_mu != nullptr) {
+      const F prior_rho = load(t.prior_rho + at);
+      const F d = (mu - load(t.prior_mu + at)) * inverse_sigma(prior_rho, param);
+      twice = fma(d, d, gap_twice(exp_parts((lv - log_variance(prior_rho, param)) * set1(0.5f))));
+    } else {
+      twice = fma(mu, mu, gap_twice(e));
+    }
+    if (elements != nullptr) {
+      store(elements + v * kWidth, twice * set1(0.5f));
+    } else {
+      lanes[v] = fma(twice, set1(0.5f), lanes[v]);  // halving is exact: the same bits as the branch above
+    }
+  }
+}
+
+template <bool kPlain, class T>
+static void forward_tile(const ForwardTile<T>& t, const Options& o) {
+  const Philox philox(t.noise.key);
+  F noise[kVectors], lanes[kVectors];
+  for (int v = 0; v < kVectors; ++v) lanes[v] = t.lanes != nullptr ? load(t.lanes + v * kWidth) : set1(0.0f);
+  uint64_t counter = t.noise.counter;
+  int64_t i = 0;
+  for (; t.n - i >= kBlock; i += kBlock, counter += kBlock / 4) {
+    if (kPlain || t.noise.drawn) normals(counter, philox, noise);
+    forward_block<kPlain>(t, i, o, noise, lanes, t.elements == nullptr ? nullptr : t.elements + i);
+  }
+  if (t.lanes != nullptr) {
+    for (int v = 0; v < kVectors; ++v) store(t.lanes + v * kWidth, lanes[v]);
+  }
+  if (i == t.n) return;
+  // The rest, padded to a block with what is harmless in every parametrisation.
+  const int64_t rest = t.n - i;
+  T mu[kBlock] = {}, rho[kBlock] = {}, z[kBlock];
+  float prior_mu[kBlock] = {}, prior_rho[kBlock] = {}, eps[kBlock] = {}, elements[kBlock];
+  ForwardTile<T> padded = t;
+  copy(t.mu + i, mu, rest);
+  copy(t.rho + i, rho, rest);
+  padded.mu = mu;
+  padded.rho = rho;
+  padded.z = z;
+  if (t.prior_mu != nullptr) {
+    copy(t.prior_mu + i, prior_mu, rest);
+    copy(t.prior_rho + i, prior_rho, rest);
+    padded.prior_mu = prior_mu;
+    padded.prior_rho = prior_rho;
+  }
+  if (t.noise.eps != nullptr) {
+    copy(t.noise.eps + i, eps, rest);
+    padded.noise.eps = eps;
+  }
+  if (t.noise.drawn) normals(counter, philox, noise);
+  const bool wanted = t.lanes != nullptr || t.elements != nullptr;
+  forward_block<kPlain>(padded, 0, o, noise, lanes, wanted ? elements : nullptr);
+  if (t.noise.any()) copy(z, t.z + i, rest);
+  if (t.elements != nullptr) copy(elements, t.elements + i, rest);
+  if (t.lanes != nullptr) {
+    for (int64_t k = 0; k < rest; ++k) t.lanes[k] += elements[k];
+  }
+}
+
+template <class T>
+static void forward(const ForwardTile<T>& t, const Options& o) {
+  const bool plain = o.param == Param::logvar && !o.clamped && o.temperature == 1.0f && t.prior_mu == nullptr &&
+                     t.noise.drawn && t.lanes != nullptr;
+  plain ? forward_tile<true>(t, o) : forward_tile<false>(t, o);
+}
+
+template <bool kPlain, class T>
+VAEOPS_INLINE void backward_block(const BackwardTile<T>& t, int64_t i, const Options& o, const F* noise) {
+  const bool plain = kPlain;
+  const Param param = plain ? Param::logvar : o.param;
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t at = i + v * kWidth;
+    const F mu = load(t.mu + at), raw = load(t.rho + at);
+    const F rho = !plain && o.clamped ? clamp(raw, o) : raw;
+    const F lv = log_variance(rho, param);
+    const Exp e = exp_parts(lv * set1(0.5f));
+    const F w = t.gkl != nullptr ? load(t.gkl + at) : set1(t.weight);
+    // g_rho gathers twice the gradient of log sigma^2, which is that of log sigma.
+    F g_mu, g_rho;
+    if (!plain && t.prior_mu != nullptr) {
+      const F prior_rho = load(t.prior_rho + at);
+      const F inverse = inverse_sigma(prior_rho, param);
+      const F d = (mu - load(t.prior_mu + at)) * inverse;
+      const F growth = expm1_twice(exp_parts((lv - log_variance(prior_rho, param)) * set1(0.5f)));
+      g_mu = w * (d * inverse);
+      g_rho = w * growth;
+      if (t.gprior_mu != nullptr) {
+        store(t.gprior_mu + at, set1(0.0f) - g_mu);
+        const F g_log_s = set1(0.0f) - w * fma(d, d, growth);
+        store(t.gprior_rho + at, param == Param::logvar   ? g_log_s * set1(0.5f)
+                                 : param == Param::logstd ? g_log_s
+                                                          : g_log_s * inverse);
+      }
+    } else {
+      g_mu = w * mu;
+      g_rho = w * expm1_twice(e);
+    }
+    if (!plain && param == Param::std) g_rho = g_rho / rho;
+    if (plain || t.gz != nullptr) {
+      const F gz = load(t.gz + at);
+      const F eps = plain || t.noise.drawn ? noise[v] : load(t.noise.eps + at);
+      const F scaled = plain ? gz : gz * set1(o.temperature);
+      g_mu = plain ? fma(w, mu, gz) : g_mu + gz;
+      g_rho = fma(!plain && param == Param::std ? scaled : scaled * e.sigma, eps, g_rho);
+    }
+    if (param == Param::logvar) g_rho = g_rho * set1(0.5f);
+    if (!plain && o.clamped) {
+      const F kept = select(less(raw, set1(o.clamp_lo)), set1(0.0f), g_rho);
+      g_rho = select(less(set1(o.clamp_hi), raw), set1(0.0f), kept);
+    }
+    store(t.gmu + at, g_mu);
+    store(t.grho + at, g_rho);
+  }
+}
+
+template <bool kPlain, class T>
+static void backward_tile(const BackwardTile<T>& t, const Options& o) {
+  const Philox philox(t.noise.key);
+  F noise[kVectors];
+  uint64_t counter = t.noise.counter;
+  int64_t i = 0;
+  for (; t.n - i >= kBlock; i += kBlock, counter += kBlock / 4) {
+    if (kPlain || t.noise.drawn) normals(counter, philox, noise);
+    backward_block<kPlain>(t, i, o, noise);
+  }
+  if (i == t.n) return;
+  const int64_t rest = t.n - i;
+  T gz[kBlock] = {}, mu[kBlock] = {}, rho[kBlock] = {}, gmu[kBlock], grho[kBlock];
+  float gkl[kBlock] = {}, prior_mu[kBlock] = {}, prior_rho[kBlock] = {}, eps[kBlock] = {};
+  float gprior_mu[kBlock], gprior_rho[kBlock];
+  BackwardTile<T> padded = t;
+  copy(t.mu + i, mu, rest);
+  copy(t.rho + i, rho, rest);
+  padded.mu = mu;
+  padded.rho = rho;
+  padded.gmu = gmu;
+  padded.grho = grho;
+  if (t.gz != nullptr) {
+    copy(t.gz + i, gz, rest);
+    padded.gz = gz;
+  }
+  if (t.gkl != nullptr) {
+    copy(t.gkl + i, gkl, rest);
+    padded.gkl = gkl;
+  }
+  if (t.prior_mu != nullptr) {
+    copy(t.prior_mu + i, prior_mu, rest);
+    copy(t.prior_rho + i, prior_rho, rest);
+    padded.prior_mu = prior_mu;
+    padded.prior_rho = prior_rho;
+  }
+  if (t.noise.eps != nullptr) {
+    copy(t.noise.eps + i, eps, rest);
+    padded.noise.eps = eps;
+  }
+  if (t.gprior_mu != nullptr) {
+    padded.gprior_mu = gprior_mu;
+    padded.gprior_rho = gprior_rho;
+  }
+  if (t.noise.drawn) normals(counter, philox, noise);
+  backward_block<kPlain>(padded, 0, o, noise);
+  copy(gmu, t.gmu + i, rest);
+  copy(grho, t.grho + i, rest);
+  if (t.gprior_mu != nullptr) {
+    copy(gprior_mu, t.gprior_mu + i, rest);
+    copy(gprior_rho, t.gprior_rho + i, rest);
+  }
+}
+
+template <class T>
+static void backward(const BackwardTile<T>& t, const Options& o) {
+  const bool plain = o.param == Param::logvar && !o.clamped && o.temperature == 1.0f && t.prior_mu == nullptr &&
+                     t.noise.drawn && t.gz != nullptr;
+  plain ? backward_tile<true>(t, o) : backward_tile<false>(t, o);
+}
+
+// log N(x; mu, sigma^2) = -(t^2 + log sigma^2 + log 2 pi) / 2, t = (x - mu) / sigma
+template <class T>
+VAEOPS_INLINE void log_prob_block(const LogProbTile<T>& t, int64_t i, Param param, float* elements) {
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t at = i + v * kWidth;
+    const F rho = load(t.rho + at);
+    const F d = (load(t.x + at) - load(t.mu + at)) * inverse_sigma(rho, param);
+    store(elements + v * kWidth, set1(-0.5f) * (fma(d, d, log_variance(rho, param)) + set1(1.8378770664093453f)));
+  }
+}
+
+template <class T>
+static void log_prob(const LogProbTile<T>& t, Param param) {
+  float elements[kBlock];
+  int64_t i = 0;
+  for (; i < t.n; i += kBlock) {
+    const int64_t count = t.n - i < kBlock ? t.n - i : kBlock;
+    if (count == kBlock) {
+      log_prob_block(t, i, param, elements);
+    } else {
+      T x[kBlock] = {}, mu[kBlock] = {}, rho[kBlock] = {};
+      LogProbTile<T> padded = t;
+      copy(t.x + i, x, count);
+      copy(t.mu + i, mu, count);
+      copy(t.rho + i, rho, count);
+      padded.x = x;
+      padded.mu = mu;
+      padded.rho = rho;
+      log_prob_block(padded, 0, param, elements);
+    }
+    if (t.elements != nullptr) copy(elements, t.elements + i, count);
+    if (t.lanes != nullptr) {
+      for (int64_t k = 0; k < count; ++k) t.lanes[k] += elements[k];
+    }
+  }
+}
+
+// With w the element's gradient: d x = -w t / sigma, d mu = w t / sigma, d log sigma = w (t^2 - 1).
+template <class T>
+VAEOPS_INLINE void log_prob_backward_block(const LogProbTile<T>& t, int64_t i, Param param) {
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t at = i + v * kWidth;
+    const F rho = load(t.rho + at), inverse = inverse_sigma(rho, param);
+    const F d = (load(t.x + at) - load(t.mu + at)) * inverse;
+    const F w = t.grad != nullptr ? load(t.grad + at) : set1(t.weight);
+    const F g = w * (d * inverse), g_log_sigma = w * fma(d, d, set1(-1.0f));
+    store(t.gx + at, set1(0.0f) - g);
+    store(t.gmu + at, g);
+    store(t.grho + at, param == Param::logvar   ? g_log_sigma * set1(0.5f)
+                       : param == Param::logstd ? g_log_sigma
+                                                : g_log_sigma * inverse);
+  }
+}
+
+template <class T>
+static void log_prob_backward(const LogProbTile<T>& t, Param param) {
+  int64_t i = 0;
+  for (; t.n - i >= kBlock; i += kBlock) log_prob_backward_block(t, i, param);
+  if (i == t.n) return;
+  const int64_t rest = t.n - i;
+  T x[kBlock] = {}, mu[kBlock] = {}, rho[kBlock] = {}, gx[kBlock], gmu[kBlock], grho[kBlock];
+  float grad[kBlock] = {};
+  LogProbTile<T> padded = t;
+  copy(t.x + i, x, rest);
+  copy(t.mu + i, mu, rest);
+  copy(t.rho + i, rho, rest);
+  padded.x = x;
+  padded.mu = mu;
+  padded.rho = rho;
+  padded.gx = gx;
+  padded.gmu = gmu;
+  padded.grho = grho;
+  if (t.grad != nullptr) {
+    copy(t.grad + i, grad, rest);
+    padded.grad = grad;
+  }
+  log_prob_backward_block(padded, 0, param);
+  copy(gx, t.gx + i, rest);
+  copy(gmu, t.gmu + i, rest);
+  copy(grho, t.grho + i, rest);
+}
