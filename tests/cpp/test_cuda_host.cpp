@@ -1,6 +1,6 @@
 // The CUDA kernels' own sources, run on the CPU (cuda_host/), against fp64 and against themselves in other thread orders.
 #include "cuda/noise.cuh"
-#include "run_cuda_host.h"
+#include "run_gaussian.h"
 
 namespace vaeops::test {
 namespace {
@@ -227,6 +227,30 @@ void test_special_values() {
   CHECK(!std::isnan(r.grho.at(33)) && std::isnan(r.gmu.at(16)), "gradients: %g %g", r.grho.at(33), r.gmu.at(16));
 }
 
+#ifdef VAEOPS_WITH_CPU
+void test_same_bits_as_cpu() {
+  std::vector<int64_t> seed = {1234567, -89, 5, 77};
+  for (int64_t n : {1, 30, 4096, 100002}) {
+    for (int64_t streams : {1, 2}) {
+      std::vector<float> host(n), cpu(n);
+      cuda::normal(host.data(), n, {seed.data(), streams}, nullptr);
+      for (cpu::Isa isa : {cpu::Isa::scalar, cpu::Isa::avx2, cpu::Isa::avx512}) {
+        if (n % streams != 0 || !cpu::set_isa(isa)) continue;
+        cpu::normal(cpu.data(), n, {seed.data(), streams}, serially);
+        CHECK(memcmp(host.data(), cpu.data(), n * sizeof(float)) == 0, "normals differ on ISA %d", static_cast<int>(isa));
+      }
+    }
+  }
+  for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::f64}) {
+    for (Param param : {Param::logvar, Param::logstd, Param::std}) {
+      check_cpu({.shape = {6, 40}, .dtype = dtype, .param = param});
+      check_cpu({.shape = {5, 41}, .dtype = dtype, .param = param, .clamped = true, .temperature = 0.7, .streams = 5});
+      check_cpu({.shape = {5, 9}, .dtype = dtype, .param = param, .prior_kept = {false, true}, .layout = Layout::transposed});
+    }
+  }
+}
+#endif
+
 }  // namespace
 }  // namespace vaeops::test
 
@@ -242,5 +266,8 @@ int main() {
   test_shared_tickets();
   test_empty();
   test_special_values();
+#ifdef VAEOPS_WITH_CPU
+  test_same_bits_as_cpu();
+#endif
   return report();
 }

@@ -1,4 +1,4 @@
-// Runs a Problem through the CUDA launchers on the CPU and checks what comes out.
+// Runs a Problem through the CUDA launchers on the CPU, or through the C++ kernels, and checks what comes out.
 #pragma once
 #include "cuda_host.h"
 #include "gaussian_case.h"
@@ -35,7 +35,8 @@ struct Results {
   }
 };
 
-inline void run_forward(const Problem& p, Results& r) {
+// The call, with outputs made in `r`.
+inline GaussianForward forward_call(const Problem& p, Results& r) {
   const Case& c = p.c;
   if (c.sampled) r.z = make(c.shape, c.dtype, c.layout);
   r.kl = make({p.reduced_n()}, compute(c.dtype));
@@ -50,13 +51,18 @@ inline void run_forward(const Problem& p, Results& r) {
   call.eps = merge.operand(p.eps, 4);
   call.z = merge.operand(r.z, 5);
   call.kl = r.kl.data();
-  ScratchMemory memory;
-  const int error = cuda::gaussian_forward(call, memory.scratch(cuda::gaussian_forward_scratch(call)), nullptr);
-  CHECK(error == 0, "error %d: %s", error, c.name().c_str());
-  memory.check(c.name());
+  return call;
 }
 
-inline void run_backward(const Problem& p, Results& r) {
+inline void run_forward(const Problem& p, Results& r) {
+  const GaussianForward call = forward_call(p, r);
+  ScratchMemory memory;
+  const int error = cuda::gaussian_forward(call, memory.scratch(cuda::gaussian_forward_scratch(call)), nullptr);
+  CHECK(error == 0, "error %d: %s", error, p.c.name().c_str());
+  memory.check(p.c.name());
+}
+
+inline GaussianBackward backward_call(const Problem& p, Results& r) {
   const Case& c = p.c;
   r.gmu = make(c.shape, c.dtype, c.layout);
   r.grho = make(c.shape, c.dtype, c.layout);
@@ -85,10 +91,15 @@ inline void run_backward(const Problem& p, Results& r) {
     call.prior_n = r.gprior_mu.elements;
     for (size_t d = 0; d < merge.sizes.size(); ++d) call.prior_stride[d] = merge.strides[9][d];
   }
+  return call;
+}
+
+inline void run_backward(const Problem& p, Results& r) {
+  const GaussianBackward call = backward_call(p, r);
   ScratchMemory memory;
   const int error = cuda::gaussian_backward(call, memory.scratch(cuda::gaussian_backward_scratch(call)), nullptr);
-  CHECK(error == 0, "error %d: %s", error, c.name().c_str());
-  memory.check(c.name());
+  CHECK(error == 0, "error %d: %s", error, p.c.name().c_str());
+  memory.check(p.c.name());
 }
 
 inline std::vector<double> noise_of(const Problem& p) {
@@ -103,13 +114,8 @@ inline std::vector<double> noise_of(const Problem& p) {
   return {drawn.begin(), drawn.end()};
 }
 
-// Values against fp64, and the same bits in two drawn orders of threads and blocks.
-inline void check_case(const Case& c) {
-  const Problem p(c);
-  cuda_host::options.seed = 0;
-  Results r;
-  run_forward(p, r);
-  run_backward(p, r);
+inline void check_values(const Problem& p, const Results& r) {
+  const Case& c = p.c;
   const Expected want(p, noise_of(p), r.prior_stride, r.gprior_mu.elements);
   if (c.sampled) compare("z", p, r.z, want.z, r.z.stride, c.shape, 6, 3);
   compare("kl", p, r.kl, want.kl, r.kl.stride, {p.reduced_n()}, 16, c.prior_kept.empty() ? 0.05 : 2);
@@ -121,6 +127,16 @@ inline void check_case(const Case& c) {
     compare("gprior_mu", p, r.gprior_mu, want.gprior_mu, one, flat, 16, 20 * terms);
     compare("gprior_rho", p, r.gprior_rho, want.gprior_rho, one, flat, 16, 60 * terms);
   }
+}
+
+// Values against fp64, and the same bits in two drawn orders of threads and blocks.
+inline void check_case(const Case& c) {
+  const Problem p(c);
+  cuda_host::options.seed = 0;
+  Results r;
+  run_forward(p, r);
+  run_backward(p, r);
+  check_values(p, r);
   const std::vector<char> bits = r.bits();
   for (uint64_t seed : {1, 2}) {
     cuda_host::options.seed = seed;
@@ -132,5 +148,29 @@ inline void check_case(const Case& c) {
   }
   cuda_host::options.seed = 0;
 }
+
+#ifdef VAEOPS_WITH_CPU
+inline void serially(int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
+  if (n > 0) body(context, 0, n);
+}
+
+// The C++ kernels of every instruction set that the machine has: right values, and z the same bits as from CUDA's source.
+inline void check_cpu(const Case& c) {
+  const Problem p(c);
+  Results host;
+  run_forward(p, host);
+  for (cpu::Isa isa : {cpu::Isa::scalar, cpu::Isa::avx2, cpu::Isa::avx512}) {
+    if (!cpu::set_isa(isa)) continue;
+    Results r;
+    cpu::gaussian_forward(forward_call(p, r), serially);
+    cpu::gaussian_backward(backward_call(p, r), serially);
+    check_values(p, r);
+    // fp64 takes its exponential from the C library.
+    CHECK(!c.sampled || c.dtype == Dtype::f64 || r.z.contents() == host.z.contents(), "z differs on ISA %d: %s",
+          static_cast<int>(isa), c.name().c_str());
+  }
+  cpu::set_isa(cpu::best_isa());
+}
+#endif
 
 }  // namespace vaeops::test
