@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+struct CUstream_st;  // what a cudaStream_t points to
+
 namespace vaeops {
 
 enum class Dtype : int32_t { f32, bf16, f16, f64 };
@@ -118,4 +120,34 @@ bool set_isa(Isa wanted);  // false when the machine lacks it
 void advise_large_pages(void* data, size_t bytes);
 
 }  // namespace cpu
+
+// The tensors of a call, its scratch memory and its stream belong to the current device. Launchers return a cudaError_t
+// (0: launched) and never synchronise, so they can be captured in a CUDA graph. Nothing is launched for empty outputs;
+// a reduction over no elements writes zeros, except `dim` over zero rows, whose length the call does not tell: the
+// caller zero-fills that one.
+namespace cuda {
+
+constexpr int64_t kTickets = 1024;
+
+struct Scratch {
+  void* partials = nullptr;     // as many bytes as the launcher's `*_scratch` says, 16-byte aligned, not initialised
+  uint32_t* tickets = nullptr;  // [kTickets], zero before the first call; every launch leaves them zero. One array per
+                                // stream: calls that may run at the same time must not share it
+};
+
+// Bytes of Scratch::partials; 0 for most calls. Asked with the current device the one that will run the call.
+int64_t gaussian_forward_scratch(const GaussianForward& call);
+int64_t gaussian_backward_scratch(const GaussianBackward& call);
+int64_t log_prob_forward_scratch(const LogProbForward& call);
+
+int gaussian_forward(const GaussianForward& call, Scratch scratch, CUstream_st* stream);
+int gaussian_backward(const GaussianBackward& call, Scratch scratch, CUstream_st* stream);
+int log_prob_forward(const LogProbForward& call, Scratch scratch, CUstream_st* stream);
+int log_prob_backward(const LogProbBackward& call, CUstream_st* stream);
+int normal(float* out /* [S, n / S] */, int64_t n, Noise noise, CUstream_st* stream);
+int fold_in(const int64_t* seed /* [M or 1, 2] */, int64_t seed_stride, const int64_t* index /* [M or 1] */,
+            int64_t index_stride, int64_t* child /* [M, 2] */, int64_t m, CUstream_st* stream);
+const char* error_string(int error);
+
+}  // namespace cuda
 }  // namespace vaeops
