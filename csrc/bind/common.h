@@ -87,7 +87,8 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
 // every operand allows it.
 class Layout {
  public:
-  Layout(const Tensor& like, int64_t batch_ndim) : rank_(static_cast<int>(like.dim())) {
+  Layout(const Tensor& like, int64_t batch_ndim)
+      : rank_(static_cast<int>(like.dim())), device_(like.get_device_index()) {
     STD_TORCH_CHECK(rank_ <= kMaxRank, "at most ", kMaxRank, " dims are supported, got ", rank_);
     STD_TORCH_CHECK(batch_ndim >= 0 && batch_ndim <= rank_, "batch_ndim must be in [0, ", rank_, "], got ", batch_ndim);
     const auto sizes = like.sizes();
@@ -106,6 +107,7 @@ class Layout {
     const auto strides = x.strides();
     const int rank = static_cast<int>(sizes.size());
     if (first < 0) first = rank_ - rank;
+    STD_TORCH_CHECK(x.get_device_index() == device_, name, " is on another device");
     STD_TORCH_CHECK(first >= 0 && first + rank <= rank_, name, " has too many dims: ", rank, " for ", rank_);
     operand.data = x.data_ptr();
     operand.dtype = dtype_of(x, name);
@@ -179,7 +181,7 @@ class Layout {
     return stride_[entries_++];
   }
 
-  int rank_, entries_ = 0;
+  int rank_, device_, entries_ = 0;
   int64_t size_[kMaxRank], n_ = 1, rows_ = 1, width_ = 1;
   int64_t stride_[kMaxEntries][kMaxRank];
   int64_t* target_[kMaxEntries];
