@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 
-def assert_within_budget(ours: Tensor, exact: Tensor, eager: Tensor, name: str, *, factor: float = 2.0) -> float:
+def assert_within_budget(
+    ours: Tensor, exact: Tensor, eager: Tensor, name: str, *, factor: float = 2.0
+) -> float:
     """Fails where ours is outside its budget; returns the share of the budget that was used."""
     assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     x, y, e = (t.detach().double() for t in (ours, exact, eager))

@@ -54,7 +54,9 @@ def isas() -> list[str]:
     return _host.isas(str(path))
 
 
-@pytest.fixture(params=isas() or [pytest.param(None, marks=pytest.mark.skip(reason="no native CPU kernels or no _host"))])
+@pytest.fixture(
+    params=isas() or [pytest.param(None, marks=pytest.mark.skip(reason="no native CPU kernels or no _host"))]
+)
 def isa(request):
     """Runs the test once per instruction set."""
     from vaeops import _host

@@ -24,7 +24,9 @@ def make(shape, dtype=torch.float32, param="logvar", spread=1.0):
 def make_prior(kind, shape, dtype, param):
     if kind == "none":
         return None
-    size = {"dim": shape[-1:], "row": (*shape[:1], *[1] * (len(shape) - 1)), "scalar": (), "full": shape}[kind]
+    size = {"dim": shape[-1:], "row": (*shape[:1], *[1] * (len(shape) - 1)), "scalar": (), "full": shape}[
+        kind
+    ]
     mu, rho = make(size, dtype, param, 0.5)
     return mu, rho
 
@@ -60,10 +62,17 @@ def check_against_reference(impl, shape, dtype, *, param="logvar", prior_kind="n
     streams = shape[:batch_ndim]
     seed = rng.split(SEED, math.prod(streams)).view(*streams, 2) if noise == "streams" else SEED
     eps = rng.normal(shape, seed)
-    options = dict(param=param, clamp=clamp, reduction=reduction, batch_ndim=batch_ndim, temperature=temperature)
+    options = dict(
+        param=param, clamp=clamp, reduction=reduction, batch_ndim=batch_ndim, temperature=temperature
+    )
     given = {"eps": eps} if noise == "eps" else {"seed": seed}
     gz = torch.randn(shape).to(dtype)
-    gkl = torch.rand(ref.reduced_shape(mu.shape, ref.REDUCTIONS.index(reduction), batch_ndim), dtype=torch.float64) + 0.5
+    gkl = (
+        torch.rand(
+            ref.reduced_shape(mu.shape, ref.REDUCTIONS.index(reduction), batch_ndim), dtype=torch.float64
+        )
+        + 0.5
+    )
     wide = lambda ts: None if ts is None else tuple(t.double() for t in ts)  # noqa: E731
     ours = run(vaeops.reparam_kl, (mu, rho), (gz, gkl), prior, impl=impl, **options, **given)
     exact = run(ref.reparam_kl, wide((mu, rho)), (gz.double(), gkl), wide(prior), eps=eps.double(), **options)
@@ -85,7 +94,9 @@ def test_reductions(isa, dtype, reduction):
 @pytest.mark.parametrize("param", ref.PARAMS)
 @pytest.mark.parametrize("prior", PRIORS)
 def test_parametrisations_and_priors(isa, dtype, param, prior):
-    check_against_reference("cpp", (31, 40), dtype, param=param, prior_kind=prior, reduction="sample", temperature=0.7)
+    check_against_reference(
+        "cpp", (31, 40), dtype, param=param, prior_kind=prior, reduction="sample", temperature=0.7
+    )
 
 
 @pytest.mark.parametrize("noise", ["seed", "eps", "streams"])
@@ -97,7 +108,9 @@ def test_clamp_noise_and_batch_dims(isa, noise, clamp, batch_ndim):
                                 reduction=reduction)  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 63), (97, 7), (3, 1025), (2, 17_000), (40, 700), (3, 4, 33, 20), (1025, 3)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 63), (97, 7), (3, 1025), (2, 17_000), (40, 700), (3, 4, 33, 20), (1025, 3)]
+)
 @pytest.mark.parametrize("reduction", ["sample", "dim", "batchmean"])
 def test_sizes(isa, shape, reduction):
     check_against_reference("cpp", shape, torch.float32, reduction=reduction)
@@ -154,7 +167,9 @@ def test_kl_near_the_prior_does_not_cancel(isa, dtype, scale):
 
 def test_z_is_the_same_bits_on_every_instruction_set(isa):
     mu, logvar = make((200, 77))
-    extreme = torch.cat((logvar.flatten()[:-8] * 30, torch.tensor([-300.0, 177.0, 176.9, 300.0, 0.0, -0.0, 1e-40, -174.0])))
+    extreme = torch.cat(
+        (logvar.flatten()[:-8] * 30, torch.tensor([-300.0, 177.0, 176.9, 300.0, 0.0, -0.0, 1e-40, -174.0]))
+    )
     for rho in (logvar, extreme.view(200, 77)):
         z = vaeops.reparameterize(mu, rho, seed=SEED, impl="cpp")
         from vaeops import _host, _native
@@ -170,7 +185,9 @@ def test_extreme_log_variances(isa):
     mu = torch.zeros_like(logvar)
     eps = torch.ones_like(logvar)
     z, kl, _ = vaeops.reparam_kl(mu, logvar, eps=eps, reduction="none")
-    torch.testing.assert_close(z.double(), (0.5 * logvar.double()).exp().float().double(), equal_nan=True, rtol=1e-6, atol=1e-44)
+    torch.testing.assert_close(
+        z.double(), (0.5 * logvar.double()).exp().float().double(), equal_nan=True, rtol=1e-6, atol=1e-44
+    )
     exact = (0.5 * ref.expm1_gap(logvar.double())).float()
     exact[0, -2] = INF  # the reference subtracts infinities there
     torch.testing.assert_close(kl, exact, equal_nan=True, rtol=1e-6, atol=0)
@@ -222,7 +239,9 @@ def test_gradcheck_of_other_parametrisations(param):
     moments = torch.randn(2, 6, 3, dtype=torch.float64).exp().requires_grad_()
 
     def f(mu, rho, *prior):
-        return vaeops.reparam_kl(mu, rho, prior=prior, param=param, seed=SEED, clamp=(-0.5, 0.9), temperature=0.5)[:2]
+        return vaeops.reparam_kl(
+            mu, rho, prior=prior, param=param, seed=SEED, clamp=(-0.5, 0.9), temperature=0.5
+        )[:2]
 
     def packed(moments):
         return vaeops.reparam_kl_packed(moments, param=param, seed=SEED)[:2]
@@ -270,7 +289,10 @@ def test_memory_kept_for_backward_is_the_inputs():
 def test_no_grad_keeps_nothing():
     mu, logvar = (t.requires_grad_() for t in make((4, 4)))
     for context in (torch.no_grad, torch.inference_mode):
-        with context(), torch.autograd.graph.saved_tensors_hooks(lambda t: pytest.fail("kept a tensor"), lambda t: t):
+        with (
+            context(),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: pytest.fail("kept a tensor"), lambda t: t),
+        ):
             z, kl, _ = vaeops.reparam_kl(mu, logvar)
         assert z.grad_fn is None and not kl.requires_grad
 
@@ -292,7 +314,9 @@ def _op_arguments():
     yield "z only", (mu, rho, None, None, None, torch.randn(6, 10), 0, 0, -INF, INF, ref.NO_KL, 1, 0.5)
 
 
-@pytest.mark.parametrize(("name", "args"), list(_op_arguments()), ids=lambda a: a if isinstance(a, str) else "")
+@pytest.mark.parametrize(
+    ("name", "args"), list(_op_arguments()), ids=lambda a: a if isinstance(a, str) else ""
+)
 @pytest.mark.parametrize("overload", ["default", "ref", "cpp"])
 def test_opcheck(name, args, overload):
     torch.library.opcheck(getattr(torch.ops.vaeops.gaussian_fwd, overload), args)
@@ -307,8 +331,12 @@ def test_opcheck(name, args, overload):
 def test_opcheck_log_prob():
     x, (mu, rho) = torch.randn(6, 10), make((6, 10))
     for overload in ("default", "ref", "cpp"):
-        torch.library.opcheck(getattr(torch.ops.vaeops.gaussian_log_prob_fwd, overload), (x, mu, rho, 0, 2, 1))
-        torch.library.opcheck(getattr(torch.ops.vaeops.gaussian_log_prob_bwd, overload), (torch.rand(6), x, mu, rho, 0, 2, 1))
+        torch.library.opcheck(
+            getattr(torch.ops.vaeops.gaussian_log_prob_fwd, overload), (x, mu, rho, 0, 2, 1)
+        )
+        torch.library.opcheck(
+            getattr(torch.ops.vaeops.gaussian_log_prob_bwd, overload), (torch.rand(6), x, mu, rho, 0, 2, 1)
+        )
 
 
 # ---- layouts
@@ -332,7 +360,9 @@ def test_layouts(isa, name, layout, shape):
     gz = layout(shape)
     for a, b in ((mu, rho), (rho, mu)):
         got = run_strided(a, b, prior, gz, "cpp")
-        expected = run_strided(a.contiguous(), b.contiguous(), tuple(p.contiguous() for p in prior), gz.contiguous(), "cpp")
+        expected = run_strided(
+            a.contiguous(), b.contiguous(), tuple(p.contiguous() for p in prior), gz.contiguous(), "cpp"
+        )
         for x, y in zip(got, expected):
             assert torch.equal(x, y), name
 
@@ -375,8 +405,15 @@ def test_packed_is_the_two_halves(isa, dim, dtype):
 
 def test_samples_of_one_posterior_are_an_expanded_mu():
     mu, logvar = (t.requires_grad_() for t in make((5, 8)))
-    z, kl, _ = vaeops.reparam_kl(mu.expand(7, 5, 8), logvar.expand(7, 5, 8), seed=SEED, batch_ndim=2, reduction="sample")
-    assert z.shape == (7, 5, 8) and kl.shape == (7, 5) and torch.equal(kl[0], kl[6]) and not torch.equal(z[0], z[1])
+    z, kl, _ = vaeops.reparam_kl(
+        mu.expand(7, 5, 8), logvar.expand(7, 5, 8), seed=SEED, batch_ndim=2, reduction="sample"
+    )
+    assert (
+        z.shape == (7, 5, 8)
+        and kl.shape == (7, 5)
+        and torch.equal(kl[0], kl[6])
+        and not torch.equal(z[0], z[1])
+    )
     z.sum().backward()
     torch.testing.assert_close(mu.grad, torch.full((5, 8), 7.0))
 
@@ -410,35 +447,87 @@ MU = torch.zeros(3, 4)
 CASES = [
     (lambda: vaeops.reparam_kl([1.0], MU), TypeError, "mu must be a tensor, got list"),
     (lambda: vaeops.reparam_kl(MU, None), TypeError, "logvar must be a tensor, got NoneType"),
-    (lambda: vaeops.reparam_kl(MU.long(), MU.long()), TypeError, "mu must be float32, bfloat16, float16 or float64, got torch.int64"),
-    (lambda: vaeops.reparam_kl(MU, MU.double()), TypeError, "logvar must have mu's dtype torch.float32, got torch.float64"),
-    (lambda: vaeops.reparam_kl(MU, torch.zeros(3, 5)), ValueError, r"logvar \[3, 5\] does not broadcast with mu \[3, 4\]"),
+    (
+        lambda: vaeops.reparam_kl(MU.long(), MU.long()),
+        TypeError,
+        "mu must be float32, bfloat16, float16 or float64, got torch.int64",
+    ),
+    (
+        lambda: vaeops.reparam_kl(MU, MU.double()),
+        TypeError,
+        "logvar must have mu's dtype torch.float32, got torch.float64",
+    ),
+    (
+        lambda: vaeops.reparam_kl(MU, torch.zeros(3, 5)),
+        ValueError,
+        r"logvar \[3, 5\] does not broadcast with mu \[3, 4\]",
+    ),
     (lambda: vaeops.reparam_kl(MU, MU.to("meta")), ValueError, "logvar is on meta"),
     (lambda: vaeops.reparam_kl(MU, MU, param="sigma"), ValueError, "param must be one of"),
     (lambda: vaeops.reparam_kl(MU, MU, reduction="avg"), ValueError, "reduction must be one of"),
     (lambda: vaeops.reparam_kl(MU, MU, batch_ndim=3), ValueError, r"batch_ndim must be in \[0, 2\]"),
     (lambda: vaeops.reparam_kl(MU, MU, batch_ndim=1.0), TypeError, "batch_ndim must be an int"),
-    (lambda: vaeops.reparam_kl(MU, MU, temperature=-1.0), ValueError, "temperature must be finite and >= 0, got -1.0"),
-    (lambda: vaeops.reparam_kl(MU, MU, temperature=math.nan), ValueError, "temperature must be finite and >= 0, got nan"),
+    (
+        lambda: vaeops.reparam_kl(MU, MU, temperature=-1.0),
+        ValueError,
+        "temperature must be finite and >= 0, got -1.0",
+    ),
+    (
+        lambda: vaeops.reparam_kl(MU, MU, temperature=math.nan),
+        ValueError,
+        "temperature must be finite and >= 0, got nan",
+    ),
     (lambda: vaeops.reparam_kl(MU, MU, temperature="1"), TypeError, "temperature must be a float, got str"),
     (lambda: vaeops.reparam_kl(MU, MU, clamp=(1, -1)), ValueError, "clamp must have lo <= hi"),
     (lambda: vaeops.reparam_kl(MU, MU, clamp=3), TypeError, "clamp must be None or two floats"),
     (lambda: vaeops.reparam_kl(MU, MU, prior=MU), TypeError, "prior must be None or two tensors"),
-    (lambda: vaeops.reparam_kl(MU, MU, prior=(MU.long(), MU.long())), TypeError, "prior must be floating point"),
-    (lambda: vaeops.reparam_kl(MU, MU, prior=(torch.zeros(5), torch.zeros(5))), ValueError, "prior .* does not broadcast"),
-    (lambda: vaeops.reparam_kl(MU, MU, prior=(torch.zeros(2, 3, 4),) * 2), ValueError, "prior .* does not broadcast"),
+    (
+        lambda: vaeops.reparam_kl(MU, MU, prior=(MU.long(), MU.long())),
+        TypeError,
+        "prior must be floating point",
+    ),
+    (
+        lambda: vaeops.reparam_kl(MU, MU, prior=(torch.zeros(5), torch.zeros(5))),
+        ValueError,
+        "prior .* does not broadcast",
+    ),
+    (
+        lambda: vaeops.reparam_kl(MU, MU, prior=(torch.zeros(2, 3, 4),) * 2),
+        ValueError,
+        "prior .* does not broadcast",
+    ),
     (lambda: vaeops.reparam_kl(MU, MU, seed=torch.zeros(2)), TypeError, "seed must be int64"),
     (lambda: vaeops.reparam_kl(MU, MU, seed=SEED[:1]), ValueError, r"seed must have shape \[2\]"),
     (lambda: vaeops.reparam_kl(MU, MU, seed=SEED.expand(4, 2)), ValueError, "leading batch dims"),
-    (lambda: vaeops.reparam_kl(MU, MU, seed=SEED.expand(3, 4, 2)), ValueError, "leading batch dims|more stream dims"),
+    (
+        lambda: vaeops.reparam_kl(MU, MU, seed=SEED.expand(3, 4, 2)),
+        ValueError,
+        "leading batch dims|more stream dims",
+    ),
     (lambda: vaeops.reparam_kl(MU, MU, seed=SEED.to("meta")), ValueError, "seed is on meta"),
-    (lambda: vaeops.reparam_kl(MU, MU, seed=SEED, eps=MU), ValueError, "give one of seed, generator and eps, got seed and eps"),
-    (lambda: vaeops.reparam_kl(MU, MU, eps=torch.zeros(3)), ValueError, "eps must have the shape of the sample"),
+    (
+        lambda: vaeops.reparam_kl(MU, MU, seed=SEED, eps=MU),
+        ValueError,
+        "give one of seed, generator and eps, got seed and eps",
+    ),
+    (
+        lambda: vaeops.reparam_kl(MU, MU, eps=torch.zeros(3)),
+        ValueError,
+        "eps must have the shape of the sample",
+    ),
     (lambda: vaeops.reparam_kl(MU, MU, eps=MU.long()), TypeError, "eps must be floating point"),
     (lambda: vaeops.reparam_kl(MU, MU, eps=MU.clone().requires_grad_()), ValueError, "eps gets no gradient"),
     (lambda: vaeops.reparam_kl(MU, MU, impl="gpu"), ValueError, "impl must be None or one of"),
-    (lambda: vaeops.reparam_kl(MU, MU, impl="cuda"), ValueError, "impl='cuda' cannot run on cpu tensors here: .*cpp: can run"),
-    (lambda: vaeops.reparam_kl_packed(torch.zeros(3, 5)), ValueError, "moments must have an even size along dim 1"),
+    (
+        lambda: vaeops.reparam_kl(MU, MU, impl="cuda"),
+        ValueError,
+        "impl='cuda' cannot run on cpu tensors here: .*cpp: can run",
+    ),
+    (
+        lambda: vaeops.reparam_kl_packed(torch.zeros(3, 5)),
+        ValueError,
+        "moments must have an even size along dim 1",
+    ),
     (lambda: vaeops.reparam_kl_packed(MU, dim=2), ValueError, r"dim must be in \[-2, 1\]"),
     (lambda: vaeops.reparam_kl_packed(MU, dim="1"), TypeError, "dim must be an int"),
     (lambda: vaeops.reparam_kl_packed("x"), TypeError, "moments must be a tensor"),
@@ -463,6 +552,8 @@ def test_bad_arguments_under_compile(call, error, text):
 def test_an_unknown_generator_raises_under_compile_with_advice():
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(Exception, match="draw the seed outside .* pass seed="):
-        torch.compile(lambda m: vaeops.reparam_kl(m, m, generator=generator), fullgraph=True, backend="eager")(MU)
+        torch.compile(
+            lambda m: vaeops.reparam_kl(m, m, generator=generator), fullgraph=True, backend="eager"
+        )(MU)
     with pytest.raises(ValueError, match="generator is on"):
         vaeops.reparam_kl(MU.to("meta"), MU.to("meta"), generator=generator)

@@ -69,7 +69,9 @@ def test_batched_seeds_are_one_stream_each(length):
 def test_a_sharded_batch_draws_the_joined_batch_noise():
     whole = rng.normal((8, 3, 20), SEED)
     for rank in range(4):
-        assert torch.equal(whole[2 * rank : 2 * rank + 2], rng.normal((2, 3, 20), rng.advance(SEED, rank * 2 * 60)))
+        assert torch.equal(
+            whole[2 * rank : 2 * rank + 2], rng.normal((2, 3, 20), rng.advance(SEED, rank * 2 * 60))
+        )
 
 
 def test_advance_by_a_tensor():
@@ -99,7 +101,9 @@ def test_make_seed_follows_the_generators():
     assert torch.equal(a, rng.make_seed()) and torch.equal(b, rng.make_seed()) and not torch.equal(a, b)
     g = torch.Generator().manual_seed(5)
     c = rng.make_seed(generator=g, batch=4)
-    assert c.shape == (4, 2) and torch.equal(c, rng.make_seed(generator=torch.Generator().manual_seed(5), batch=4))
+    assert c.shape == (4, 2) and torch.equal(
+        c, rng.make_seed(generator=torch.Generator().manual_seed(5), batch=4)
+    )
 
 
 def test_fold_in_matches_the_reference_and_separates_streams():
@@ -112,7 +116,9 @@ def test_fold_in_matches_the_reference_and_separates_streams():
     # Folding an advanced seed is no other fold of the first one.
     assert not torch.equal(rng.fold_in(rng.advance(SEED, 4), 0), rng.fold_in(SEED, 1))
     seeds = rng.split(SEED, 6).view(3, 1, 2, 2)
-    assert torch.equal(rng.fold_in(seeds, torch.arange(4).view(4, 1)), ref.fold_in(seeds, torch.arange(4).view(4, 1)))
+    assert torch.equal(
+        rng.fold_in(seeds, torch.arange(4).view(4, 1)), ref.fold_in(seeds, torch.arange(4).view(4, 1))
+    )
 
 
 def test_ops_add_this_very_noise():
@@ -135,7 +141,12 @@ def test_opcheck(seed):
 
 def test_compile_fullgraph_and_dynamic():
     torch.use_deterministic_algorithms(False)
-    f = torch.compile(lambda s, x: rng.normal(x.shape, rng.fold_in(s, 3)) + x, fullgraph=True, dynamic=True, backend="aot_eager")
+    f = torch.compile(
+        lambda s, x: rng.normal(x.shape, rng.fold_in(s, 3)) + x,
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
     for n in (5, 9):
         x = torch.ones(n, 3)
         assert torch.equal(f(SEED, x), ref.normal((n, 3), ref.fold_in(SEED, torch.tensor(3))) + 1)
@@ -217,7 +228,12 @@ def test_statistics_of_2_to_the_27_normals():
 def test_neighbouring_keys_and_offsets_are_uncorrelated():
     n = 1 << 18
     base = rng.normal((n,), torch.tensor([7, 0])).double()
-    others = [torch.tensor([8, 0]), torch.tensor([7 + (1 << 32), 0]), torch.tensor([7, 1 << 40]), rng.fold_in(torch.tensor([7, 0]), 1)]
+    others = [
+        torch.tensor([8, 0]),
+        torch.tensor([7 + (1 << 32), 0]),
+        torch.tensor([7, 1 << 40]),
+        rng.fold_in(torch.tensor([7, 0]), 1),
+    ]
     for seed in others:
         other = rng.normal((n,), seed).double()
         assert abs(float((base * other).mean())) < 5 / math.sqrt(n)

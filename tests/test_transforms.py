@@ -46,14 +46,19 @@ def test_compile_fullgraph_dynamic_matches_eager(backend):
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
     for rows in (6, 9, 13):
         mu, logvar = inputs((rows, 8))
-        for a, b in zip(gradients(lambda m, v: compiled(m, v, SEED), mu, logvar), gradients(lambda m, v: step(m, v, SEED), mu, logvar)):
+        for a, b in zip(
+            gradients(lambda m, v: compiled(m, v, SEED), mu, logvar),
+            gradients(lambda m, v: step(m, v, SEED), mu, logvar),
+        ):
             torch.testing.assert_close(a, b)
 
 
 def test_compile_of_every_public_function():
     def step(mu, logvar):
         prior = (mu.mean(0), logvar.mean(0))
-        a = vaeops.reparam_kl(mu, logvar, prior=prior, clamp=(-2, 2), temperature=0.5, seed=SEED, reduction="dim")
+        a = vaeops.reparam_kl(
+            mu, logvar, prior=prior, clamp=(-2, 2), temperature=0.5, seed=SEED, reduction="dim"
+        )
         b = vaeops.reparam_kl_packed(torch.cat((mu, logvar), 1), seed=SEED)
         c = vaeops.reparameterize(mu, logvar, seed=SEED)
         d = vaeops.gaussian_kl(mu, logvar, param="logstd")
@@ -109,7 +114,10 @@ def _layer(mu, logvar):
 def test_checkpoint_replays_the_noise(reentrant):
     mu, logvar = inputs()
     z, _ = checkpoint(_layer, mu, logvar, use_reentrant=reentrant)
-    torch.testing.assert_close(torch.autograd.grad(z.sum(), logvar)[0] if not reentrant else _backward(z, logvar), (z - mu).detach() / 2)
+    torch.testing.assert_close(
+        torch.autograd.grad(z.sum(), logvar)[0] if not reentrant else _backward(z, logvar),
+        (z - mu).detach() / 2,
+    )
 
 
 def _backward(z, leaf):
@@ -120,7 +128,9 @@ def _backward(z, leaf):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_checkpoint_under_compile(backend):
     mu, logvar = inputs()
-    f = torch.compile(lambda m, v: checkpoint(_layer, m, v, use_reentrant=False), fullgraph=True, backend=backend)
+    f = torch.compile(
+        lambda m, v: checkpoint(_layer, m, v, use_reentrant=False), fullgraph=True, backend=backend
+    )
     z, _ = f(mu, logvar)
     torch.testing.assert_close(torch.autograd.grad(z.sum(), logvar)[0], (z - mu).detach() / 2)
 
@@ -131,9 +141,13 @@ def test_a_seed_input_is_right_at_every_activation_memory_budget(budget):
 
     with config.patch(activation_memory_budget=budget):
         mu, logvar = inputs()
-        f = torch.compile(lambda m, v, s: vaeops.reparam_kl(m.sin(), v.sin(), seed=s)[0].cos(), fullgraph=True)
+        f = torch.compile(
+            lambda m, v, s: vaeops.reparam_kl(m.sin(), v.sin(), seed=s)[0].cos(), fullgraph=True
+        )
         grads = torch.autograd.grad(f(mu, logvar, SEED).sum(), (mu, logvar))
-        eager = torch.autograd.grad(vaeops.reparam_kl(mu.sin(), logvar.sin(), seed=SEED)[0].cos().sum(), (mu, logvar))
+        eager = torch.autograd.grad(
+            vaeops.reparam_kl(mu.sin(), logvar.sin(), seed=SEED)[0].cos().sum(), (mu, logvar)
+        )
         for a, b in zip(grads, eager):
             torch.testing.assert_close(a, b)
 
@@ -149,7 +163,9 @@ def test_export_runs_and_keeps_drawing():
 
     mu, logvar = inputs(grad=False)
     rows = torch.export.Dim("rows", min=2, max=64)
-    program = torch.export.export(Sampler(), (mu, logvar), dynamic_shapes=({0: rows}, {0: rows}), strict=False)
+    program = torch.export.export(
+        Sampler(), (mu, logvar), dynamic_shapes=({0: rows}, {0: rows}), strict=False
+    )
     for n in (6, 11):
         mu, logvar = inputs((n, 8), grad=False)
         (z1, kl), (z2, _) = program.module()(mu, logvar), program.module()(mu, logvar)
@@ -185,7 +201,10 @@ def test_func_jvp_is_no_silent_zero():
     torch.testing.assert_close(dz, (plus[0] - minus[0]) / (2 * h), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(dkl, (plus[1] - minus[1]) / (2 * h), rtol=1e-6, atol=1e-7)
     with torch.autograd.forward_ad.dual_level():
-        dual = f(torch.autograd.forward_ad.make_dual(mu, tangents[0]), torch.autograd.forward_ad.make_dual(logvar, tangents[1]))
+        dual = f(
+            torch.autograd.forward_ad.make_dual(mu, tangents[0]),
+            torch.autograd.forward_ad.make_dual(logvar, tangents[1]),
+        )
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual[0]).tangent, dz)
 
 
@@ -223,7 +242,9 @@ def test_vmap_is_a_loop(reduction, in_dims):
 
     dims = (*in_dims, 0, 0, 0)
     got = torch.func.vmap(f, in_dims=dims)(mu, logvar, *prior, seeds)
-    got_grads = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)), in_dims=dims)(mu, logvar, *prior, seeds)
+    got_grads = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)), in_dims=dims)(
+        mu, logvar, *prior, seeds
+    )
     for i in range(3):
         one = [t if d is None else t.select(d, i) for t, d in zip((mu, logvar, *prior, seeds), dims)]
         for a, b in zip(got, f(*one)):
@@ -240,10 +261,14 @@ def test_vmap_of_packed_and_log_prob():
 
     seeds = rng.split(SEED, 3)
     z, kl = torch.func.vmap(packed)(moments, seeds)
-    density = torch.func.vmap(lambda x, m: vaeops.gaussian_log_prob(x, *m.chunk(2, -1), reduction="batchmean"))(x, moments)
+    density = torch.func.vmap(
+        lambda x, m: vaeops.gaussian_log_prob(x, *m.chunk(2, -1), reduction="batchmean")
+    )(x, moments)
     for i in range(3):
         torch.testing.assert_close((z[i], kl[i]), tuple(packed(moments[i], seeds[i])))
-        torch.testing.assert_close(density[i], vaeops.gaussian_log_prob(x[i], *moments[i].chunk(2, -1), reduction="batchmean"))
+        torch.testing.assert_close(
+            density[i], vaeops.gaussian_log_prob(x[i], *moments[i].chunk(2, -1), reduction="batchmean")
+        )
 
 
 def test_vmap_randomness_modes():

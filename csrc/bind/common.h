@@ -39,8 +39,8 @@ inline ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// An uninitialised tensor on `like`'s device. Straight to the C entry point: torch::stable::new_empty looks its operator up
-// by name on every call, which costs more than the allocation.
+// An uninitialised tensor on `like`'s device. Straight to the C entry point: torch::stable::new_empty looks its
+// operator up by name on every call, which costs more than the allocation.
 inline Tensor empty(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t rank, int32_t dtype) {
   int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
@@ -111,11 +111,11 @@ class Layout {
     STD_TORCH_CHECK(first >= 0 && first + rank <= rank_, name, " has too many dims: ", rank, " for ", rank_);
     operand.data = x.data_ptr();
     operand.dtype = dtype_of(x, name);
-    int64_t(&out)[kMaxRank] = entry(operand.stride, &operand);
+    int64_t (&out)[kMaxRank] = entry(operand.stride, &operand);
     for (int d = 0; d < rank_; ++d) out[d] = 0;
     for (int d = 0; d < rank; ++d) {
-      STD_TORCH_CHECK(sizes[d] == 1 || sizes[d] == size_[first + d], name, " does not broadcast: size ", sizes[d], " against ",
-                      size_[first + d], " at dim ", first + d);
+      STD_TORCH_CHECK(sizes[d] == 1 || sizes[d] == size_[first + d], name, " does not broadcast: size ", sizes[d],
+                      " against ", size_[first + d], " at dim ", first + d);
       out[first + d] = sizes[d] == 1 ? 0 : strides[d];
     }
   }
@@ -123,7 +123,7 @@ class Layout {
   // Row-major strides of a fresh tensor of x's sizes, broadcast.
   void add_fresh(int64_t (&stride)[kMaxDims], const Tensor& x) {
     const auto sizes = x.sizes();
-    int64_t(&out)[kMaxRank] = entry(stride, nullptr);
+    int64_t (&out)[kMaxRank] = entry(stride, nullptr);
     for (int d = 0; d < rank_; ++d) out[d] = 0;
     int64_t step = 1;
     for (int d = static_cast<int>(sizes.size()) - 1, at = rank_ - 1; d >= 0; --d, --at) {
@@ -175,13 +175,14 @@ class Layout {
 
  private:
   static constexpr int kMaxEntries = 16;
-  int64_t (&entry(int64_t (&target)[kMaxDims], Operand* operand))[kMaxRank] {
+  int64_t (&entry(int64_t (&target)[kMaxDims], Operand* operand)) [kMaxRank] {
     target_[entries_] = target;
     operand_[entries_] = operand;
     return stride_[entries_++];
   }
 
-  int rank_, device_, entries_ = 0;
+  int rank_,
+      device_, entries_ = 0;
   int64_t size_[kMaxRank], n_ = 1, rows_ = 1, width_ = 1;
   int64_t stride_[kMaxEntries][kMaxRank];
   int64_t* target_[kMaxEntries];
@@ -219,7 +220,8 @@ inline Noise noise_of(const Tensor& seed, int64_t n) {
   STD_TORCH_CHECK(seed.dim() >= 1 && seed.size(seed.dim() - 1) == 2 && seed.is_contiguous(),
                   "seed must be a contiguous [..., 2]");
   const int64_t streams = seed.numel() / 2;
-  STD_TORCH_CHECK(streams > 0 ? n % streams == 0 : n == 0, "seed: ", streams, " streams do not divide ", n, " elements");
+  STD_TORCH_CHECK(streams > 0 ? n % streams == 0 : n == 0, "seed: ", streams, " streams do not divide ", n,
+                  " elements");
   return {seed.const_data_ptr<int64_t>(), streams};
 }
 

@@ -14,7 +14,8 @@ namespace vaeops::bind {
 #define VAEOPS_DEVICE CUDA
 #define VAEOPS_OVERLOAD ".cuda"
 
-// Zeroed tickets of one stream, which every launch leaves zeroed. Never freed: a static destructor would run after CUDA's.
+// Zeroed tickets of one stream, which every launch leaves zeroed. Never freed: a static destructor would run after
+// CUDA's.
 inline Tensor stream_tickets(const Tensor& like, cudaStream_t stream) {
   static auto& cache = *new std::map<std::pair<int32_t, cudaStream_t>, Tensor>;
   static auto& mutex = *new std::mutex;

@@ -173,7 +173,8 @@ void backward_typed(const GaussianBackward& call, ParallelFor parallel) {
   };
 
   if (!prior.wanted()) {
-    const int64_t step = one_weight ? tile_step<T>(call, {&call.mu, &call.rho, &call.gz, &call.gmu, &call.grho}) : kTile;
+    const int64_t step =
+        one_weight ? tile_step<T>(call, {&call.mu, &call.rho, &call.gz, &call.gmu, &call.grho}) : kTile;
     for_each_tile(shape.n, step, parallel, [&](int64_t begin, int64_t n) { tile(0, begin, n); });
     return;
   }

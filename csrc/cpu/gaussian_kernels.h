@@ -1,7 +1,7 @@
 // The Gaussian step on contiguous tiles, for one instruction set. No include guard: see foreach_isa.h.
 //
-// The usual call (log-variance, prior N(0, I), no clamp, temperature 1, noise drawn here) is compiled apart (kPlain), so
-// that everything it needs stays in registers; the general one tests flags that do not change within a tile.
+// The usual call (log-variance, prior N(0, I), no clamp, temperature 1, noise drawn here) is compiled apart (kPlain),
+// so that everything it needs stays in registers; the general one tests flags that do not change within a tile.
 
 using Options = TileOptions<float>;
 
@@ -29,8 +29,8 @@ VAEOPS_INLINE Exp exp_parts(F h) {
   return e;
 }
 
-VAEOPS_INLINE F expm1_twice(const Exp& e) { return fma(e.u, e.u, e.u + e.u); }      // expm1(2h)
-VAEOPS_INLINE F gap_twice(const Exp& e) { return fma(e.u, e.u, e.gap + e.gap); }    // expm1(2h) - 2h
+VAEOPS_INLINE F expm1_twice(const Exp& e) { return fma(e.u, e.u, e.u + e.u); }    // expm1(2h)
+VAEOPS_INLINE F gap_twice(const Exp& e) { return fma(e.u, e.u, e.gap + e.gap); }  // expm1(2h) - 2h
 
 // Natural logarithm of any float.
 VAEOPS_INLINE F log(F x) {
@@ -39,7 +39,8 @@ VAEOPS_INLINE F log(F x) {
   const F shifted = select(subnormal, y - set1(23 * 0.693147182f), y);
   const F infinity = set1(__builtin_inff());
   const F positive = select(less(x, infinity), shifted, x);
-  const F other = (x - x) + select(less(x, set1(0.0f)), infinity - infinity, set1(0.0f) - infinity);  // 0: -inf; else NaN
+  const F other =
+      (x - x) + select(less(x, set1(0.0f)), infinity - infinity, set1(0.0f) - infinity);  // 0: -inf; else NaN
   return select(less(set1(0.0f), x), positive, other);
 }
 

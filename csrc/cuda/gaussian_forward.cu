@@ -107,9 +107,7 @@ bool linear(const GaussianForward& call) {
 
 }  // namespace
 
-int64_t gaussian_forward_scratch(const GaussianForward& call) {
-  return forward_scratch(call.shape, call.reduction);
-}
+int64_t gaussian_forward_scratch(const GaussianForward& call) { return forward_scratch(call.shape, call.reduction); }
 
 int gaussian_forward(const GaussianForward& call, Scratch scratch, CUstream_st* stream) {
   return dispatch(call.mu.dtype, [&](auto type) {
@@ -118,8 +116,9 @@ int gaussian_forward(const GaussianForward& call, Scratch scratch, CUstream_st* 
     // fp64 is for checks: it has the strided kernels only.
     if constexpr (sizeof(T) < 8) {
       if (linear(call)) {
-        return prepared.prior_mu.data != nullptr ? launch_forward<Forward<T, true, true>>(prepared, call.kl, scratch, stream)
-                                                 : launch_forward<Forward<T, true, false>>(prepared, call.kl, scratch, stream);
+        return prepared.prior_mu.data != nullptr
+                   ? launch_forward<Forward<T, true, true>>(prepared, call.kl, scratch, stream)
+                   : launch_forward<Forward<T, true, false>>(prepared, call.kl, scratch, stream);
       }
     }
     return launch_forward<Forward<T, false, true>>(prepared, call.kl, scratch, stream);

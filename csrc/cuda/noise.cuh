@@ -129,8 +129,8 @@ __device__ __forceinline__ Exp<float> exp_parts(float x) {
   const float rest = fminf(fmaxf(__fadd_rn(j, -jk), -24.0f), 1.0f);
   const float scale = power_of_two(jk);
   const float m1 = __fmaf_rn(scale, f, __fadd_rn(scale, -1.0f));
-  const float u = __fmaf_rn(scale, r, m1);                     // exp(h) - 1
-  const float gh = __fmaf_rn(scale, r, __fadd_rn(m1, -h1));    // exp(h) - 1 - h
+  const float u = __fmaf_rn(scale, r, m1);                   // exp(h) - 1
+  const float gh = __fmaf_rn(scale, r, __fadd_rn(m1, -h1));  // exp(h) - 1 - h
   return {__fmul_rn(__fmul_rn(__fadd_rn(1.0f, __fadd_rn(f, r)), scale), power_of_two(rest)),
           __fmul_rn(u, __fadd_rn(u, 2.0f)), __fmaf_rn(u, u, __fmul_rn(2.0f, gh))};
 }

@@ -42,7 +42,7 @@ inline double read(const char* at, Dtype dtype) {
     std::memcpy(&half, at, 2);
     if (dtype == Dtype::f16) {
       const int exponent = half >> 10 & 31, mantissa = half & 0x3FF;
-      const double size = exponent == 31 ? (mantissa != 0 ? NAN : INFINITY)
+      const double size = exponent == 31  ? (mantissa != 0 ? NAN : INFINITY)
                           : exponent == 0 ? std::ldexp(mantissa, -24)
                                           : std::ldexp(mantissa + 1024, exponent - 25);
       return (half & 0x8000) != 0 ? -size : size;
@@ -77,8 +77,8 @@ inline void write(char* at, Dtype dtype, double x) {
 
 enum class Layout { contiguous, transposed, misaligned };
 
-// A tensor seen through the logical shape of a call: stride 0 where it is broadcast. Its memory is exactly as long as its
-// elements, so that a sanitizer sees any access past them.
+// A tensor seen through the logical shape of a call: stride 0 where it is broadcast. Its memory is exactly as long as
+// its elements, so that a sanitizer sees any access past them.
 struct Tensor {
   Dtype dtype = Dtype::f32;
   Sizes stride;  // per logical dim; empty: absent

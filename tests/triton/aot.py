@@ -80,7 +80,9 @@ def report(kernel) -> Compiled:
             if done.returncode == 0:
                 break
         assert done.returncode == 0, done.stderr
-        sass = subprocess.run([_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run(
+            [_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True
+        ).stdout
     stack, stores, loads = re.search(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
     ).groups()

@@ -94,7 +94,9 @@ def test_resources(case, capability):
     assert found.spills == 0 and found.stack == 0
     assert found.registers <= registers
     assert per_element <= instructions
-    assert not re.findall(r"\b\w+\.(?:approx|full|ftz)\b.*", found.ptx), "an operation that is not exactly rounded"
+    assert not re.findall(r"\b\w+\.(?:approx|full|ftz)\b.*", found.ptx), (
+        "an operation that is not exactly rounded"
+    )
     if "fp64" not in case:
         assert not re.findall(r"\bfma\.rn\.f64\b|\bex2\b|\blg2\b", found.ptx)
 

@@ -74,7 +74,9 @@ class View(NamedTuple):
     cols: int
     R: int
     C: int
-    sizes: Strides | None  # of the merged dims but the outermost; None: an offset is row * stride + col * stride
+    sizes: (
+        Strides | None
+    )  # of the merged dims but the outermost; None: an offset is row * stride + col * stride
     strides: list[tuple[int | None, ...]]  # per operand
 
 
@@ -102,7 +104,9 @@ def view(shape: torch.Size, strides: list[Strides], split: int | None, streams: 
         # A dim of one element needs no stride, but a tile may be larger than it and its offsets need a shape.
         row_strides = row_dims[0][1] if row_dims else [0 if flat else cols] * len(strides)
         col_strides = col_dims[0][1] if col_dims else [1] * len(strides)
-        return View(rows, cols, R, C, None, [(r or None, c or None) for r, c in zip(row_strides, col_strides)])
+        return View(
+            rows, cols, R, C, None, [(r or None, c or None) for r, c in zip(row_strides, col_strides)]
+        )
     sizes = tuple(size for size, _ in dims[1:])
     return View(rows, cols, R, C, sizes, [tuple(s[k] or None for _, s in dims) for k in range(len(strides))])
 
@@ -148,7 +152,9 @@ def broadcast_sums(small: torch.Size, shape: torch.Size, block: int) -> Sums:
         last = len(kept) - kept[::-1].index(True)  # dims before it are summed afterwards, where at all
         split = dims[last]
         complete = all(kept[:last])
-        return _row_sums(shape, split, block, () if complete else (*shape[:split], *[1] * (len(shape) - split)))
+        return _row_sums(
+            shape, split, block, () if complete else (*shape[:split], *[1] * (len(shape) - split))
+        )
     first = kept.index(True)
     if all(kept[first:]):
         return Sums(COLUMNS.value, dims[first])

@@ -48,7 +48,9 @@ class Differentiable:
                  fold_fwd: Callable, fold_bwd: Callable) -> None:  # fmt: skip
         fwd, bwd = overloads(forward), overloads(backward)
         self._op = fwd
-        self._kernel = {impl: op._op for impl, op in fwd.items()}  # the same, less a Python frame; Dynamo cannot trace it
+        self._kernel = {
+            impl: op._op for impl, op in fwd.items()
+        }  # the same, less a Python frame; Dynamo cannot trace it
         build = (outputs, tensors, wrt, reference, fold_fwd, fold_bwd)
         by_impl = {impl: _functions(fwd[impl], bwd[impl], *build) for impl in (None, *IMPLS)}
         self._eager = {impl: f[0] for impl, f in by_impl.items()}
@@ -156,7 +158,9 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
             ctx.options, *saved = inputs
             ctx.save_for_backward(*saved)
             ctx.save_for_forward(*saved)
-            ctx.like = [o if o is None else (o.shape, o.dtype) for o in (output if outputs > 1 else (output,))]
+            ctx.like = [
+                o if o is None else (o.shape, o.dtype) for o in (output if outputs > 1 else (output,))
+            ]
             ctx.set_materialize_grads(False)
 
         @staticmethod
@@ -183,7 +187,9 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
     return super(Function, Eager).apply, Traced, Transformed
 
 
-def _partial(reference: Callable, saved: tuple, options: tuple, free: list[int], wanted: list[int]) -> Callable:
+def _partial(
+    reference: Callable, saved: tuple, options: tuple, free: list[int], wanted: list[int]
+) -> Callable:
     """reference(*saved, *options)[wanted] as a function of saved[free]."""
 
     def formula(*values):

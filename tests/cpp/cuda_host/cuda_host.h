@@ -1,10 +1,10 @@
-// Runs CUDA kernels on a CPU, in tests only: a .cu file compiles as plain C++ with -DVAEOPS_CUDA_HOST and this folder on
-// the include path.
+// Runs CUDA kernels on a CPU, in tests only: a .cu file compiles as plain C++ with -DVAEOPS_CUDA_HOST and this folder
+// on the include path.
 //
-// Every thread of a block is a fiber. A fiber runs until it meets a barrier, a shuffle or a vote; when all fibers that the
-// barrier waits for have come, they go on. Blocks run one after another. With a seed, threads run in an order that is drawn
-// anew at every turn, and blocks in a drawn order: a result that hangs on the order shows a missing barrier. Memory is the
-// host's, so AddressSanitizer sees every access out of bounds.
+// Every thread of a block is a fiber. A fiber runs until it meets a barrier, a shuffle or a vote; when all fibers that
+// the barrier waits for have come, they go on. Blocks run one after another. With a seed, threads run in an order that
+// is drawn anew at every turn, and blocks in a drawn order: a result that hangs on the order shows a missing barrier.
+// Memory is the host's, so AddressSanitizer sees every access out of bounds.
 //
 // Not modelled: weak memory order (__threadfence does nothing), threads that run between two barriers at the same time,
 // streams (a launch has finished when it returns), and the contents of static shared memory at a block's start.
@@ -47,7 +47,8 @@ unsigned lane();
 void* dynamic_shared();
 
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* /* stream */, const Args&... args) {
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* /* stream */,
+            const Args&... args) {
   const std::tuple<std::remove_cv_t<Params>...> copied(args...);
   static_assert((sizeof(Params) + ... + 0) <= 4096, "kernel parameters must fit in 4 KiB");
   run(grid, block, shared_bytes, [&] { std::apply(kernel, copied); });

@@ -12,7 +12,12 @@ def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def check(ours: Tensor, eager: Tensor, exact: Tensor, factor: float) -> float:
     """Raises where ours is out of budget; returns the largest share of it used. NaN and Inf must sit where exact's do."""
-    assert ours.shape == exact.shape and ours.dtype == eager.dtype, (ours.shape, exact.shape, ours.dtype, eager.dtype)
+    assert ours.shape == exact.shape and ours.dtype == eager.dtype, (
+        ours.shape,
+        exact.shape,
+        ours.dtype,
+        eager.dtype,
+    )
     assert exact.dtype is torch.float64
     if not ours.numel():
         return 0.0
@@ -21,7 +26,9 @@ def check(ours: Tensor, eager: Tensor, exact: Tensor, factor: float) -> float:
     assert bool((finite | same).all()), (ours[~(finite | same)], exact[~(finite | same)])
     want, eager = exact[finite], eager[finite].double()
     step = ulp(want, ours.dtype)
-    if ours.dtype is torch.float64:  # exact is not: it has roundings of its own, of the size of its largest terms
+    if (
+        ours.dtype is torch.float64
+    ):  # exact is not: it has roundings of its own, of the size of its largest terms
         step = 16 * step.max()
     if ours.dtype is torch.bfloat16:
         factor += 1  # the interpreter truncates to bf16 where a GPU rounds: one ulp more

@@ -31,7 +31,11 @@ def check_step(mu, rho, prior=(None, None), *, seed=SEED, eps=None, packed_dim=0
                batch_ndim=1, temperature=1.0, gz=None):  # fmt: skip
     """Both launchers against the reference, and their outputs' shapes, dtypes and strides against the fakes."""
     args = (mu, rho, *prior, seed, eps, packed_dim, param, *clamp, reduction, batch_ndim, temperature)
-    ours, eager, exact = gaussian.gaussian_fwd(*args), ref.gaussian_fwd(*args), ref.gaussian_fwd(*doubled(args))
+    ours, eager, exact = (
+        gaussian.gaussian_fwd(*args),
+        ref.gaussian_fwd(*args),
+        ref.gaussian_fwd(*doubled(args)),
+    )
     check_outputs(ours, _fake_fwd(*args))
     shares = [budget.check(o, e, x.double(), 2) for o, e, x in zip(ours, eager, exact)]
     generator = torch.Generator().manual_seed(5)
@@ -75,7 +79,9 @@ def test_clamp_bounds_pass_the_gradient():
     assert got.ne(0).tolist() == [[False, True, False, True, False]]  # 0 at rho = 0: expm1(0)
 
 
-@pytest.mark.parametrize("shape", [(), (4,), (5, 4), (5, 1), (6, 1, 1), (6, 5, 1), (6, 1, 4), (1, 5, 1), (6, 5, 4)])
+@pytest.mark.parametrize(
+    "shape", [(), (4,), (5, 4), (5, 1), (6, 1, 1), (6, 5, 1), (6, 1, 4), (1, 5, 1), (6, 5, 4)]
+)
 @pytest.mark.parametrize("reduction", [0, 1, 2, 3])
 def test_priors_broadcast(shape, reduction):
     check_step(*inputs(6, 5, 4), inputs(*shape), reduction=reduction)
@@ -101,7 +107,9 @@ def test_rows(rows, reduction):
     check_step(*inputs(rows, 4), reduction=reduction)
 
 
-@pytest.mark.parametrize("shape, batch_ndim", [((0, 3), 1), ((3, 0), 1), ((2, 0, 3), 2), ((4,), 1), ((), 0), ((4, 3), 0)])
+@pytest.mark.parametrize(
+    "shape, batch_ndim", [((0, 3), 1), ((3, 0), 1), ((2, 0, 3), 2), ((4,), 1), ((), 0), ((4, 3), 0)]
+)
 @pytest.mark.parametrize("reduction", range(6))
 def test_degenerate_shapes(shape, batch_ndim, reduction):
     check_step(*inputs(*shape), reduction=reduction, batch_ndim=batch_ndim)
@@ -125,7 +133,9 @@ def test_a_row_does_not_depend_on_the_others(cols):
     options = (0, 0, -INF, INF, 2, 1, 1.0)
     whole = gaussian.gaussian_fwd(mu, rho, None, None, None, None, *options)[1]
     for part in (slice(0, 1), slice(3, 5), slice(64, 70)):
-        assert torch.equal(gaussian.gaussian_fwd(mu[part], rho[part], None, None, None, None, *options)[1], whole[part])
+        assert torch.equal(
+            gaussian.gaussian_fwd(mu[part], rho[part], None, None, None, None, *options)[1], whole[part]
+        )
 
 
 def test_nan_and_inf_stay_in_their_row():
@@ -164,7 +174,9 @@ def test_kl_near_the_prior_does_not_cancel(scale):
 LAYOUTS = {
     "half": lambda t: t.repeat(1, 1, 2, 1)[:, :, :4],
     "channels_last": lambda t: t.to(memory_format=torch.channels_last),
-    "rows_of_a_wider_tensor": lambda t: t.repeat(1, 2, 1, 1).flatten(1)[:, : t[0].numel()].unflatten(1, t.shape[1:]),
+    "rows_of_a_wider_tensor": lambda t: (
+        t.repeat(1, 2, 1, 1).flatten(1)[:, : t[0].numel()].unflatten(1, t.shape[1:])
+    ),
     "window": lambda t: torch.nn.functional.pad(t, (1, 2, 3, 0))[:, :, 3:, 1:-2],
     "transposed": lambda t: t.transpose(0, 3).contiguous().transpose(0, 3),
     "every_other": lambda t: t.repeat_interleave(2, 3)[..., ::2],
@@ -221,7 +233,9 @@ def test_the_noise_is_the_stream():
     mu, rho = torch.zeros(9, 7), torch.zeros(9, 7)
     drawn = gaussian.gaussian_fwd(mu, rho, None, None, SEED, None, 0, 0, -INF, INF, -1, 0, 1.0)[0]
     assert torch.equal(drawn, vaeops.ref.rng.normal([9, 7], SEED))
-    half = gaussian.gaussian_fwd(mu.half(), rho.half(), None, None, SEED, None, 0, 0, -INF, INF, -1, 0, 1.0)[0]
+    half = gaussian.gaussian_fwd(mu.half(), rho.half(), None, None, SEED, None, 0, 0, -INF, INF, -1, 0, 1.0)[
+        0
+    ]
     assert torch.equal(half, drawn.half())
 
 

@@ -33,10 +33,14 @@ def test_batched_seeds_count_from_their_own_first_element(shape):
 def test_seeds_of_two_dims_and_strided_seeds():
     seeds = ref.fold_in(SEED, torch.arange(12)).reshape(4, 3, 2)
     assert torch.equal(rng.normal(seeds, [4, 3, 6]), ref.normal([4, 3, 6], seeds))
-    assert torch.equal(rng.normal(seeds.transpose(0, 1), [3, 4, 6]), ref.normal([3, 4, 6], seeds.transpose(0, 1)))
+    assert torch.equal(
+        rng.normal(seeds.transpose(0, 1), [3, 4, 6]), ref.normal([3, 4, 6], seeds.transpose(0, 1))
+    )
 
 
-@pytest.mark.parametrize("index", [torch.tensor(0), torch.tensor(2**40 + 1), torch.arange(300), torch.arange(6).view(2, 3)])
+@pytest.mark.parametrize(
+    "index", [torch.tensor(0), torch.tensor(2**40 + 1), torch.arange(300), torch.arange(6).view(2, 3)]
+)
 def test_fold_in_of_one_seed(index):
     assert torch.equal(rng.fold_in(SEED, index), ref.fold_in(SEED, index))
 

@@ -11,7 +11,6 @@ from ...ref import gaussian as ref
 from .. import _layout as layout
 from .._tile import (
     ALL,
-    COLUMNS,
     NONE,
     ROWS,
     aligned,
@@ -224,7 +223,10 @@ def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, pa
         prior_mu = prior_rho = None
     if mu.numel() == 0:
         return gq, grho, *g_prior
-    operands = _operands(mu, rho, prior_mu, prior_rho, eps) | {"gmu_at": g_mu.stride(), "grho_at": g_rho.stride()}
+    operands = _operands(mu, rho, prior_mu, prior_rho, eps) | {
+        "gmu_at": g_mu.stride(),
+        "grho_at": g_rho.stride(),
+    }
     if gz is not None:
         operands["gz_at"] = gz.stride()
     if gkl is not None:
@@ -251,7 +253,17 @@ def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, pa
 
 
 _FORWARD_STRIDES = ("mu_at", "rho_at", "prior_mu_at", "prior_rho_at", "eps_at", "z_at")
-_BACKWARD_STRIDES = ("gz_at", "gkl_at", "mu_at", "rho_at", "prior_mu_at", "prior_rho_at", "eps_at", "gmu_at", "grho_at")
+_BACKWARD_STRIDES = (
+    "gz_at",
+    "gkl_at",
+    "mu_at",
+    "rho_at",
+    "prior_mu_at",
+    "prior_rho_at",
+    "eps_at",
+    "gmu_at",
+    "grho_at",
+)
 
 
 def _halves(q: Tensor, rho: Tensor | None, packed_dim: int) -> tuple[Tensor, Tensor]:
