@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import vaeops
+from vaeops.ops._library import serving
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "gaussian-wrapper/8x4"
@@ -261,6 +262,19 @@ def test_launchers_take_the_settings_that_the_sweep_puts_in_place():
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.stdout.strip() == "3", done.stdout + done.stderr
+
+
+def test_what_the_sanitizer_watches_runs(bench, monkeypatch):
+    """Its calls are legal; on a CPU, where there is no sanitizer to watch them."""
+    sanitize = bench("sanitize")
+    monkeypatch.setattr(sanitize, "DEVICE", "cpu")
+    ran = []
+    monkeypatch.setattr(
+        vaeops, "reparam_kl", lambda *a, f=vaeops.reparam_kl, **o: ran.append(o["impl"]) or f(*a, **o)
+    )
+    for family in sanitize.FAMILIES.values():
+        family(serving("cpu"))
+    assert set(ran) == {serving("cpu")} and len(ran) == 3 * (len(sanitize.SHAPES) + 1)
 
 
 def test_gpu_stages_on_a_machine_with_a_gpu(tmp_path, bench, monkeypatch):
