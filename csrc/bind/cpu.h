@@ -14,7 +14,7 @@ struct Device {
 
   // An output the size of the inputs. Small ones are the allocator's business.
   static Tensor fresh_like(const Tensor& x) {
-    Tensor out = torch::stable::empty_like(x);
+    Tensor out = uninitialized_like(x);
     const size_t bytes = static_cast<size_t>(out.numel()) * out.element_size();
     if (bytes >= size_t{4} << 20) cpu::advise_large_pages(out.mutable_data_ptr(), bytes);
     return out;

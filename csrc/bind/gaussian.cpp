@@ -1,4 +1,5 @@
-// Torch glue of the Gaussian family. Schemas, meaning and argument checks of the public functions: vaeops/ops/gaussian/.
+// Torch glue of the Gaussian family. Schemas, meaning and argument checks of the public functions:
+// vaeops/ops/gaussian/.
 #if defined(VAEOPS_CUDA)
 #include "bind/cuda.h"
 #else
@@ -33,8 +34,8 @@ struct Moments {
   }
 };
 
-void fill(Gaussian& call, Layout& layout, const Moments& q, const OptionalTensor& prior_mu, const OptionalTensor& prior_rho,
-          const OptionalTensor& seed, const OptionalTensor& eps, const Options& o) {
+void fill(Gaussian& call, Layout& layout, const Moments& q, const OptionalTensor& prior_mu,
+          const OptionalTensor& prior_rho, const OptionalTensor& seed, const OptionalTensor& eps, const Options& o) {
   STD_TORCH_CHECK(prior_mu.has_value() == prior_rho.has_value(), "prior_mu and prior_rho come together");
   STD_TORCH_CHECK(!(seed && eps), "give one of seed and eps");
   layout.add(call.mu, q.mu, "mu");
@@ -71,29 +72,36 @@ std::tuple<Tensor, Tensor> gaussian_fwd(const Tensor& q, const OptionalTensor& r
   const Device device(moments.mu);
   Layout layout(moments.mu, batch_ndim);
   GaussianForward call{};
-  const OptionalTensor contiguous_seed = seed ? OptionalTensor(torch::stable::contiguous(*seed)) : std::nullopt;
+  const OptionalTensor contiguous_seed = seed ? OptionalTensor(as_contiguous(*seed)) : std::nullopt;
   fill(call, layout, moments, prior_mu, prior_rho, contiguous_seed, eps,
        {packed_dim, param, clamp_lo, clamp_hi, reduction, batch_ndim, temperature});
   const bool sampled = seed || eps;
-  Tensor z = sampled ? Device::fresh_like(moments.mu) : absent_like(moments.mu, moments.mu.scalar_type());
-  if (sampled) layout.add(call.z, z, "z");
-  Tensor kl = reduced_like(moments.mu, call.reduction, batch_ndim);
-  call.kl = kl.mutable_data_ptr();
+  Tensor z, kl;  // undefined, which is None in Python, where not asked for
+  if (sampled) {
+    z = Device::fresh_like(moments.mu);
+    layout.add(call.z, z, "z");
+  }
+  if (call.reduction != Reduction::off) {
+    kl = reduced_like(moments.mu, call.reduction, batch_ndim);
+    call.kl = kl.mutable_data_ptr();
+  }
   call.shape = layout.finish();
   device.run(call);
   return {z, kl};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(
-    const OptionalTensor& gz, const OptionalTensor& gkl, const Tensor& q, const OptionalTensor& rho,
-    const OptionalTensor& prior_mu, const OptionalTensor& prior_rho, const OptionalTensor& seed, const OptionalTensor& eps,
-    int64_t packed_dim, int64_t param, double clamp_lo, double clamp_hi, int64_t reduction, int64_t batch_ndim,
-    double temperature) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(const OptionalTensor& gz, const OptionalTensor& gkl,
+                                                        const Tensor& q, const OptionalTensor& rho,
+                                                        const OptionalTensor& prior_mu, const OptionalTensor& prior_rho,
+                                                        const OptionalTensor& seed, const OptionalTensor& eps,
+                                                        int64_t packed_dim, int64_t param, double clamp_lo,
+                                                        double clamp_hi, int64_t reduction, int64_t batch_ndim,
+                                                        double temperature) {
   const Moments moments(q, rho, packed_dim);
   const Device device(moments.mu);
   Layout layout(moments.mu, batch_ndim);
   GaussianBackward call{};
-  const OptionalTensor contiguous_seed = seed ? OptionalTensor(torch::stable::contiguous(*seed)) : std::nullopt;
+  const OptionalTensor contiguous_seed = seed ? OptionalTensor(as_contiguous(*seed)) : std::nullopt;
   fill(call, layout, moments, prior_mu, prior_rho, contiguous_seed, eps,
        {packed_dim, param, clamp_lo, clamp_hi, reduction, batch_ndim, temperature});
   if (gz && (seed || eps)) {
@@ -107,15 +115,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(
     add_reduced(layout, call.gkl, *gkl, call.reduction, moments.mu, batch_ndim);
   }
   Tensor gq = Device::fresh_like(q);
-  Tensor grho = rho ? Device::fresh_like(*rho) : absent_like(q, q.scalar_type());
+  Tensor grho;
+  if (rho) grho = Device::fresh_like(*rho);
   const OptionalTensor grho_or_packed = rho ? OptionalTensor(grho) : std::nullopt;
   const Moments grads(gq, grho_or_packed, packed_dim);
   layout.add(call.gmu, grads.mu, "gmu");
   layout.add(call.grho, grads.rho, "grho");
-  Tensor gprior_mu = absent_like(q, q.scalar_type()), gprior_rho = absent_like(q, q.scalar_type());
+  Tensor gprior_mu, gprior_rho;
   if (prior_mu) {
-    gprior_mu = torch::stable::new_empty(*prior_mu, prior_mu->sizes(), compute_type(q));
-    gprior_rho = torch::stable::new_empty(*prior_rho, prior_rho->sizes(), compute_type(q));
+    gprior_mu = empty(q, prior_mu->sizes().data(), prior_mu->dim(), compute_type(q));
+    gprior_rho = empty(q, prior_rho->sizes().data(), prior_rho->dim(), compute_type(q));
     call.gprior_mu = gprior_mu.mutable_data_ptr();
     call.gprior_rho = gprior_rho.mutable_data_ptr();
     call.prior_n = prior_mu->numel();
@@ -124,8 +133,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(
   call.shape = layout.finish();
   device.run(call);
   if (prior_mu) {
-    gprior_mu = torch::stable::to(gprior_mu, prior_mu->scalar_type());
-    gprior_rho = torch::stable::to(gprior_rho, prior_rho->scalar_type());
+    if (prior_mu->scalar_type() != compute_type(q)) gprior_mu = torch::stable::to(gprior_mu, prior_mu->scalar_type());
+    if (prior_rho->scalar_type() != compute_type(q))
+      gprior_rho = torch::stable::to(gprior_rho, prior_rho->scalar_type());
   }
   return {gq, grho, gprior_mu, gprior_rho};
 }
@@ -134,7 +144,8 @@ void fill(LogProb& call, Layout& layout, const Tensor& x, const Tensor& mu, cons
           int64_t reduction) {
   for (const Tensor* t : {&x, &mu, &rho}) {
     Device::check(*t, "x, mu and rho");
-    STD_TORCH_CHECK(t->scalar_type() == x.scalar_type() && same_sizes(*t, x), "x, mu and rho must share dtype and shape");
+    STD_TORCH_CHECK(t->scalar_type() == x.scalar_type() && same_sizes(*t, x),
+                    "x, mu and rho must share dtype and shape");
   }
   layout.add(call.x, x, "x");
   layout.add(call.mu, mu, "mu");
@@ -156,8 +167,9 @@ Tensor log_prob_fwd(const Tensor& x, const Tensor& mu, const Tensor& rho, int64_
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> log_prob_bwd(const Tensor& grad, const Tensor& x, const Tensor& mu, const Tensor& rho,
-                                                int64_t param, int64_t reduction, int64_t batch_ndim) {
+std::tuple<Tensor, Tensor, Tensor> log_prob_bwd(const Tensor& grad, const Tensor& x, const Tensor& mu,
+                                                const Tensor& rho, int64_t param, int64_t reduction,
+                                                int64_t batch_ndim) {
   const Device device(x);
   Layout layout(x, batch_ndim);
   LogProbBackward call{};

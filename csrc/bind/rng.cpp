@@ -11,9 +11,9 @@ namespace {
 
 Tensor normal(const Tensor& seed_, std::vector<int64_t> size) {
   Device::check(seed_, "seed");
-  const Tensor seed = torch::stable::contiguous(seed_);
+  const Tensor seed = as_contiguous(seed_);
   const Device device(seed);
-  Tensor out = torch::stable::new_empty(seed, IntHeaderOnlyArrayRef(size.data(), size.size()), ScalarType::Float);
+  Tensor out = empty(seed, size.data(), static_cast<int64_t>(size.size()), ScalarType::Float);
   const Noise noise = noise_of(seed, out.numel());
   if (out.numel() > 0) device.normal(out.mutable_data_ptr<float>(), out.numel(), noise);
   return out;
@@ -41,22 +41,22 @@ Tensor fold_in(const Tensor& seed, const Tensor& index) {
   int64_t m = 1;
   for (int64_t s : size) m *= s;
   size.push_back(2);
-  Tensor child = torch::stable::new_empty(seed, IntHeaderOnlyArrayRef(size.data(), size.size()));
+  Tensor child = empty(seed, size.data(), static_cast<int64_t>(size.size()), ScalarType::Long);
   if (m == 0) return child;
   // One of the two is a single value in every use of the library; where both are not, spell the broadcast out.
   const bool one_seed = seed.numel() == 2, one_index = index.numel() == 1;
-  Tensor seeds = torch::stable::contiguous(seed), indices = torch::stable::contiguous(index);
+  Tensor seeds = as_contiguous(seed), indices = as_contiguous(index);
   if (!one_seed && seed.numel() != 2 * m) {
-    seeds = torch::stable::empty_like(child);
+    seeds = uninitialized_like(child);
     torch::stable::copy_(seeds, seed);
   }
   if (!one_index && index.numel() != m) {
     size.pop_back();
-    indices = torch::stable::new_empty(index, IntHeaderOnlyArrayRef(size.data(), size.size()));
+    indices = empty(index, size.data(), static_cast<int64_t>(size.size()), ScalarType::Long);
     torch::stable::copy_(indices, index);
   }
-  device.fold_in(seeds.const_data_ptr<int64_t>(), one_seed ? 0 : 2, indices.const_data_ptr<int64_t>(), one_index ? 0 : 1,
-                 child.mutable_data_ptr<int64_t>(), m);
+  device.fold_in(seeds.const_data_ptr<int64_t>(), one_seed ? 0 : 2, indices.const_data_ptr<int64_t>(),
+                 one_index ? 0 : 1, child.mutable_data_ptr<int64_t>(), m);
   return child;
 }
 

@@ -1,6 +1,7 @@
 // The Gaussian step on a CPU: operands to tiles, tiles to the instruction set's kernels, sums in a fixed order.
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <vector>
 
 #include "cpu/gaussian_f64.h"
@@ -30,6 +31,15 @@ template <class C>
 TileOptions<C> tile_options(const Gaussian& call) {
   return {call.param, call.clamped, static_cast<C>(call.clamp_lo), static_cast<C>(call.clamp_hi),
           static_cast<C>(call.temperature)};
+}
+
+// Elements that a kernel takes at a time: a whole task where every operand is used in place, so no buffer limits it.
+template <class T>
+int64_t tile_step(const Gaussian& call, std::initializer_list<const Operand*> operands) {
+  bool in_place = sizeof(T) < 8 && call.prior_mu.data == nullptr && call.eps.data == nullptr &&
+                  (call.noise.seed == nullptr || (call.noise.streams == 1 && call.shape.width % 4 == 0));
+  for (const Operand* x : operands) in_place = in_place && (x->data == nullptr || x->linear);
+  return in_place ? kChunk : kTile;
 }
 
 // The noise of elements [begin, begin + n): left to the kernel where it starts on a Philox block of the only stream and
@@ -64,7 +74,8 @@ void forward_typed(const GaussianForward& call, ParallelFor parallel) {
   using C = compute_t<T>;
   const Shape& shape = call.shape;
   const auto options = tile_options<C>(call);
-  reduce_tiles(shape, call.reduction, static_cast<C*>(call.kl), parallel,
+  const int64_t step = tile_step<T>(call, {&call.mu, &call.rho, &call.z});
+  reduce_tiles(shape, call.reduction, static_cast<C*>(call.kl), step, parallel,
                [&](int64_t begin, int64_t n, C* elements, C* lanes) {
                  alignas(64) T mu[kTile], rho[kTile], z[kTile];
                  alignas(64) C prior_mu[kTile], prior_rho[kTile], eps[kTile];
@@ -162,7 +173,9 @@ void backward_typed(const GaussianBackward& call, ParallelFor parallel) {
   };
 
   if (!prior.wanted()) {
-    for_each_tile(shape.n, parallel, [&](int64_t begin, int64_t n) { tile(0, begin, n); });
+    const int64_t step =
+        one_weight ? tile_step<T>(call, {&call.mu, &call.rho, &call.gz, &call.gmu, &call.grho}) : kTile;
+    for_each_tile(shape.n, step, parallel, [&](int64_t begin, int64_t n) { tile(0, begin, n); });
     return;
   }
   const int64_t chunks = ceil_div(shape.n, kChunk), groups = prior.groups();
@@ -220,7 +233,7 @@ template <class T>
 void log_prob_typed(const LogProbForward& call, ParallelFor parallel) {
   using C = compute_t<T>;
   const Shape& shape = call.shape;
-  reduce_tiles(shape, call.reduction, static_cast<C*>(call.out), parallel,
+  reduce_tiles(shape, call.reduction, static_cast<C*>(call.out), kTile, parallel,
                [&](int64_t begin, int64_t n, C* elements, C* lanes) {
                  alignas(64) T x[kTile], mu[kTile], rho[kTile];
                  LogProbTile<T> t{};
@@ -239,7 +252,7 @@ void log_prob_backward_typed(const LogProbBackward& call, ParallelFor parallel) 
   using C = compute_t<T>;
   const Shape& shape = call.shape;
   const C factor = static_cast<C>(reduction_scale(call.reduction, shape));
-  for_each_tile(shape.n, parallel, [&](int64_t begin, int64_t n) {
+  for_each_tile(shape.n, kTile, parallel, [&](int64_t begin, int64_t n) {
     alignas(64) T x[kTile], mu[kTile], rho[kTile], gx[kTile], gmu[kTile], grho[kTile];
     alignas(64) C grad[kTile];
     LogProbTile<T> t{};

@@ -33,6 +33,11 @@ VAEOPS_INLINE F select(Mask m, F yes, F no) { return _mm512_mask_blend_ps(m, no,
 VAEOPS_INLINE F xor_bit(F x, I y, I bit) {  // x ^ (y & bit)
   return floats(_mm512_ternarylogic_epi32(bits(x), y, bit, 0x78));
 }
+// NaN in x stays: min and max return their second operand when either is NaN.
+VAEOPS_INLINE F at_most(F x, float bound) { return _mm512_min_ps(set1(bound), x); }
+VAEOPS_INLINE F at_least(F x, float bound) { return _mm512_max_ps(set1(bound), x); }
+// 2^j; j integral, in [-126, 127]
+VAEOPS_INLINE F power_of_two(F j) { return _mm512_scalef_ps(set1(1.0f), j); }
 // p 2^j rounded once; j integral, in [-150, 128]
 VAEOPS_INLINE F scale(F p, F j) { return _mm512_scalef_ps(p, j); }
 
@@ -40,9 +45,7 @@ VAEOPS_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 VAEOPS_INLINE F load(const bf16* p) {
   return floats(shl<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))));
 }
-VAEOPS_INLINE F load(const f16* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
+VAEOPS_INLINE F load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 VAEOPS_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 // Round to nearest even in integers: VCVTNEPS2BF16 would flush subnormal inputs to zero, and needs AVX512_BF16.
 VAEOPS_INLINE void store(bf16* p, F x) {
@@ -89,10 +92,12 @@ VAEOPS_INLINE Mask less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 VAEOPS_INLINE Mask has_bit(I x, uint32_t bit) { return floats(_mm256_cmpeq_epi32(iand(x, iset1(bit)), iset1(bit))); }
 VAEOPS_INLINE F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
 VAEOPS_INLINE F xor_bit(F x, I y, I bit) { return floats(_mm256_xor_si256(bits(x), iand(y, bit))); }
+VAEOPS_INLINE F at_most(F x, float bound) { return _mm256_min_ps(set1(bound), x); }
+VAEOPS_INLINE F at_least(F x, float bound) { return _mm256_max_ps(set1(bound), x); }
+VAEOPS_INLINE F power_of_two(F j) { return floats(shl<23>(iadd(to_int(j), iset1(127)))); }
 VAEOPS_INLINE F scale(F p, F j) {  // two steps: 2^j itself may lie outside the normal range; only the last one rounds
-  const F low = _mm256_max_ps(set1(-126.0f), _mm256_min_ps(set1(127.0f), j));
-  const I bias = iset1(127);
-  return p * floats(shl<23>(iadd(to_int(low), bias))) * floats(shl<23>(iadd(to_int(j - low), bias)));
+  const F low = at_least(at_most(j, 127.0f), -126.0f);
+  return p * power_of_two(low) * power_of_two(j - low);
 }
 
 VAEOPS_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -143,9 +148,12 @@ VAEOPS_INLINE Mask less(F a, F b) { return a < b; }
 VAEOPS_INLINE Mask has_bit(I x, uint32_t bit) { return (x & bit) != 0; }
 VAEOPS_INLINE F select(Mask m, F yes, F no) { return m ? yes : no; }
 VAEOPS_INLINE F xor_bit(F x, I y, I bit) { return floats(bits(x) ^ (y & bit)); }
+VAEOPS_INLINE F at_most(F x, float bound) { return bound < x ? bound : x; }
+VAEOPS_INLINE F at_least(F x, float bound) { return x < bound ? bound : x; }
+VAEOPS_INLINE F power_of_two(F j) { return floats((to_int(j) + 127u) << 23); }
 VAEOPS_INLINE F scale(F p, F j) {
-  const F low = j < -126.0f ? -126.0f : j > 127.0f ? 127.0f : j;
-  return p * floats((to_int(low) + 127u) << 23) * floats((to_int(j - low) + 127u) << 23);
+  const F low = at_least(at_most(j, 127.0f), -126.0f);
+  return p * power_of_two(low) * power_of_two(j - low);
 }
 
 VAEOPS_INLINE F load(const float* p) { return *p; }
@@ -156,10 +164,6 @@ VAEOPS_INLINE void store(bf16* p, F x) { *p = to_bf16(x); }
 VAEOPS_INLINE void store(f16* p, F x) { *p = to_f16(x); }
 
 #endif
-
-// NaN in x stays: the comparison is false.
-VAEOPS_INLINE F at_most(F x, float bound) { return select(less(set1(bound), x), set1(bound), x); }
-VAEOPS_INLINE F at_least(F x, float bound) { return select(less(x, set1(bound)), set1(bound), x); }
 
 template <class... Rest>
 VAEOPS_INLINE F horner(F x, F acc, Rest... coefficients) {

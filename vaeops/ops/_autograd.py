@@ -10,9 +10,10 @@ forward takes `ctx`. So an op gets three Functions over the same two kernels, an
     torch.func, forward AD setup_context, vmap and jvp; backward is itself such a Function, so transforms nest
 
 Conventions of an op with T tensor arguments (each may be None), followed by plain Python options:
-    forward kernel   (*tensors, *options) -> tuple of outputs
-    backward kernel  (*output gradients, *tensors, *options) -> one gradient per tensor of `wrt`, no elements for None
-    reference        backward's formula in differentiable PyTorch, None for None
+    forward kernel   (*tensors, *options) -> outputs, None for one that was not asked for
+    backward kernel  (*output gradients, *tensors, *options) -> one gradient per tensor of `wrt`, None for None
+    reference        backward's formula in differentiable PyTorch
+The Functions take the options as one tuple: autograd handles every argument it is given.
 """
 
 from collections.abc import Callable
@@ -39,14 +40,17 @@ class Differentiable:
     name        forward op; `name_bwd` style partner in `backward`
     tensors     how many leading arguments are tensors; the first `wrt` of them have gradients
     reference   the backward formula in differentiable PyTorch
-    fold_fwd, fold_bwd   the op on arguments of which some carry a vmapped dim: (info, in_dims, args, call) -> outputs,
-                all with the vmapped dim in front, made by a call of the op on more rows
+    fold_fwd, fold_bwd   the op on tensors of which some carry a vmapped dim: (info, in_dims, tensors, options, call) ->
+                outputs, all with the vmapped dim in front, made by call(options, *tensors) on more rows
     """
 
     def __init__(self, forward: str, backward: str, *, outputs: int, tensors: int, wrt: int, reference: Callable,
                  fold_fwd: Callable, fold_bwd: Callable) -> None:  # fmt: skip
         fwd, bwd = overloads(forward), overloads(backward)
-        self._fwd = {impl: op._op for impl, op in fwd.items()}  # ._op skips a Python frame
+        self._op = fwd
+        self._kernel = {
+            impl: op._op for impl, op in fwd.items()
+        }  # the same, less a Python frame; Dynamo cannot trace it
         build = (outputs, tensors, wrt, reference, fold_fwd, fold_bwd)
         by_impl = {impl: _functions(fwd[impl], bwd[impl], *build) for impl in (None, *IMPLS)}
         self._eager = {impl: f[0] for impl, f in by_impl.items()}
@@ -54,152 +58,155 @@ class Differentiable:
         self._transformed = {impl: f[2] for impl, f in by_impl.items()}
         self._wrt = wrt
 
-    def __call__(self, impl: str | None, *args: Any) -> tuple[Tensor, ...]:
+    def __call__(self, impl: str | None, options: tuple, *tensors: Tensor | None) -> Any:
         if _is_compiling():
-            return self._traced[impl].apply(*args)
+            if self._wants_gradient(tensors):
+                return self._traced[impl].apply(options, *tensors)
+            return self._op[impl](*tensors, *options)
         if _functorch_active() or _forward_ad_active():
-            return self._transformed[impl].apply(*args)
-        if _is_grad_enabled() and any(t is not None and t.requires_grad for t in args[: self._wrt]):
-            return self._eager[impl](*args)
-        return self._fwd[impl](*args)
+            return self._transformed[impl].apply(options, *tensors)
+        if self._wants_gradient(tensors):
+            return self._eager[impl](options, *tensors)
+        return self._kernel[impl](*tensors, *options)
+
+    def _wants_gradient(self, tensors: tuple) -> bool:
+        if _is_grad_enabled():
+            for t in tensors[: self._wrt]:
+                if t is not None and t.requires_grad:
+                    return True
+        return False
 
 
 def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
     fwd_op, bwd_op = fwd._op, bwd._op
 
-    def pad(grads: tuple, saved: tuple, options: tuple) -> tuple:
-        """Kernel gradients to one per forward argument: None for absent tensors, seeds and options."""
-        present = [g if t is not None else None for g, t in zip(grads, saved[:wrt])]
-        return *present, *[None] * (tensors - wrt + len(options))
+    nothing = (None,) * (tensors - wrt)
+    no_gradient = (None,) * (1 + tensors)
 
     class Eager(Function):
         @staticmethod
-        def forward(ctx, *args):
-            ctx.save_for_backward(*args[:tensors])
-            ctx.options = args[tensors:]
+        def forward(ctx, options, *args):
+            ctx.save_for_backward(*args)
+            ctx.options = options
             ctx.set_materialize_grads(False)
-            return fwd_op(*args)
+            return fwd_op(*args, *options)
 
         @staticmethod
         def backward(ctx, *grads):
+            if grads.count(None) == outputs:  # an undefined gradient reached every output
+                return no_gradient
             kernel = reference if _is_grad_enabled() else bwd_op
-            return pad(kernel(*grads, *ctx.saved_tensors, *ctx.options), ctx.saved_tensors, ctx.options)
+            return None, *kernel(*grads, *ctx.saved_tensors, *ctx.options), *nothing
 
     class Traced(Function):
         @staticmethod
-        def forward(*args):
-            return fwd(*args)
+        def forward(options, *args):
+            return fwd(*args, *options)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*inputs[:tensors])
-            ctx.options = inputs[tensors:]
+            ctx.options, *saved = inputs
+            ctx.save_for_backward(*saved)
             ctx.set_materialize_grads(False)
 
         @staticmethod
         def backward(ctx, *grads):
-            return pad(bwd(*grads, *ctx.saved_tensors, *ctx.options), ctx.saved_tensors, ctx.options)
+            return None, *bwd(*grads, *ctx.saved_tensors, *ctx.options), *nothing
 
     class TransformedBackward(Function):
         @staticmethod
-        def forward(*args):
-            return bwd(*args)
+        def forward(options, *args):
+            return bwd(*args, *options)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*inputs[: outputs + tensors])
-            ctx.save_for_forward(*inputs[: outputs + tensors])
-            ctx.options = inputs[outputs + tensors :]
+            ctx.options, *saved = inputs
+            ctx.save_for_backward(*saved)
+            ctx.save_for_forward(*saved)
             ctx.set_materialize_grads(False)
 
         @staticmethod
         def backward(ctx, *grads):
             saved, options = ctx.saved_tensors, ctx.options
             present = [i for i, t in enumerate(saved[: outputs + wrt]) if t is not None]
-            wanted = [i for i in range(wrt) if saved[outputs + i] is not None and grads[i] is not None]
-
-            def formula(*live):
-                full = list(saved)
-                for i, t in zip(present, live):
-                    full[i] = t
-                result = reference(*full, *options)
-                return tuple(result[i] for i in wanted)
-
+            wanted = [i for i in range(wrt) if grads[i] is not None]
+            formula = _partial(reference, saved, options, present, wanted)
             _, pullback = torch.func.vjp(formula, *(saved[i] for i in present))
             found = dict(zip(present, pullback(tuple(grads[i] for i in wanted))))
-            return *[found.get(i) for i in range(len(saved))], *[None] * len(options)
+            return None, *(found.get(i) for i in range(len(saved)))
 
         @staticmethod
-        def jvp(ctx, *tangents):
+        def jvp(ctx, _, *tangents):
             saved, options = ctx.saved_tensors, ctx.options
-            live = [i for i in range(outputs + wrt) if saved[i] is not None and tangents[i] is not None]
-
-            def formula(*primals):
-                full = list(saved)
-                for i, t in zip(live, primals):
-                    full[i] = t
-                result = reference(*full, *options)
-                return tuple(result[i] for i in range(wrt) if result[i] is not None)
-
-            found = iter(_jvp(formula, [saved[i] for i in live], [tangents[i] for i in live]))
-            given = saved[outputs : outputs + wrt]
-            return tuple(next(found) if t is not None else saved[outputs].new_zeros(0) for t in given)
+            live = [i for i in range(outputs + wrt) if tangents[i] is not None]
+            given = [i for i in range(wrt) if saved[outputs + i] is not None]
+            formula = _partial(reference, saved, options, live, given)
+            found = dict(zip(given, _jvp(formula, [saved[i] for i in live], [tangents[i] for i in live])))
+            return tuple(found.get(i) for i in range(wrt))
 
         @staticmethod
-        def vmap(info, in_dims, *args):
-            return _folded(fold_bwd(info, in_dims, args, TransformedBackward.apply))
+        def vmap(info, in_dims, options, *args):
+            return _folded(fold_bwd(info, in_dims[1:], args, options, TransformedBackward.apply))
 
     class Transformed(Function):
         @staticmethod
-        def forward(*args):
-            return fwd(*args)
+        def forward(options, *args):
+            return fwd(*args, *options)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            ctx.save_for_backward(*inputs[:tensors])
-            ctx.save_for_forward(*inputs[:tensors])
-            ctx.options = inputs[tensors:]
-            ctx.shapes = [(o.shape, o.dtype) for o in (output if outputs > 1 else (output,))]
+            ctx.options, *saved = inputs
+            ctx.save_for_backward(*saved)
+            ctx.save_for_forward(*saved)
+            ctx.like = [
+                o if o is None else (o.shape, o.dtype) for o in (output if outputs > 1 else (output,))
+            ]
             ctx.set_materialize_grads(False)
 
         @staticmethod
         def backward(ctx, *grads):
-            result = TransformedBackward.apply(*grads, *ctx.saved_tensors, *ctx.options)
-            return pad(result, ctx.saved_tensors, ctx.options)
+            return None, *TransformedBackward.apply(ctx.options, *grads, *ctx.saved_tensors), *nothing
 
         @staticmethod
-        def jvp(ctx, *tangents):
+        def jvp(ctx, _, *tangents):
             saved, options = ctx.saved_tensors, ctx.options
-            live = [i for i in range(wrt) if saved[i] is not None and tangents[i] is not None]
-            filled = [i for i, (shape, _) in enumerate(ctx.shapes) if shape != (0,)]
-
+            live = [i for i in range(wrt) if tangents[i] is not None]
+            made = [i for i in range(outputs) if ctx.like[i] is not None]
             # The gradient formula is linear in the output gradients; its transpose is the forward derivative.
-            def formula(*grads):
-                full = [None] * outputs
-                for i, g in zip(filled, grads):
-                    full[i] = g
-                result = reference(*full, *saved, *options)
-                return tuple(result[i] for i in live)
-
-            zeros = [saved[0].new_zeros(shape, dtype=dtype) for shape, dtype in (ctx.shapes[i] for i in filled)]
+            formula = _partial(reference, (*[None] * outputs, *saved), options, made, live)
+            zeros = [saved[0].new_zeros(shape, dtype=dtype) for shape, dtype in (ctx.like[i] for i in made)]
             _, transpose = torch.func.vjp(formula, *zeros)
-            found = dict(zip(filled, transpose(tuple(tangents[i] for i in live))))
-            result = tuple(found.get(i, saved[0].new_zeros(0, dtype=ctx.shapes[i][1])) for i in range(outputs))
-            return result if outputs > 1 else result[0]
+            found = dict(zip(made, transpose(tuple(tangents[i] for i in live))))
+            return tuple(found.get(i) for i in range(outputs)) if outputs > 1 else found[0]
 
         @staticmethod
-        def vmap(info, in_dims, *args):
-            return _folded(fold_fwd(info, in_dims, args, Transformed.apply))
+        def vmap(info, in_dims, options, *args):
+            return _folded(fold_fwd(info, in_dims[1:], args, options, Transformed.apply))
 
     # _FunctionBase.apply: Function.apply's argument binding and functorch check are of no use in plain eager.
     return super(Function, Eager).apply, Traced, Transformed
 
 
-def _folded(result: Tensor | tuple[Tensor, ...]) -> tuple:
+def _partial(
+    reference: Callable, saved: tuple, options: tuple, free: list[int], wanted: list[int]
+) -> Callable:
+    """reference(*saved, *options)[wanted] as a function of saved[free]."""
+
+    def formula(*values):
+        full = list(saved)
+        for i, value in zip(free, values):
+            full[i] = value
+        result = reference(*full, *options)
+        return tuple(result[i] for i in wanted)
+
+    return formula
+
+
+def _folded(result: Tensor | tuple[Tensor | None, ...]) -> tuple:
     """Outputs with their vmapped dims: in front, none for one that was not asked for."""
     if isinstance(result, Tensor):
         return result, 0
-    return result, tuple(None if r.shape == (0,) else 0 for r in result)
+    return result, tuple(None if r is None else 0 for r in result)
 
 
 def _jvp(formula: Callable, primals: list[Tensor], tangents: list[Tensor]) -> tuple[Tensor, ...]:

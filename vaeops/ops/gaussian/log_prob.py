@@ -30,18 +30,18 @@ define("gaussian_log_prob_bwd",
        fake=_fake_log_prob_bwd, ref=_ref_log_prob_bwd, triton=triton_kernel("log_prob_bwd"))  # fmt: skip
 
 
-def _fold_fwd(info, in_dims, args, call):
-    x, mu, rho = (to_front(t, d, info.batch_size) for t, d in zip(args[:3], in_dims))
-    param, reduction, batch_ndim = args[3:]
-    out = call(x, mu, rho, param, per_example(reduction), batch_ndim + 1)
+def _fold_fwd(info, in_dims, tensors, options, call):
+    x, mu, rho = (to_front(t, d, info.batch_size) for t, d in zip(tensors, in_dims))
+    param, reduction, batch_ndim = options
+    out = call((param, per_example(reduction), batch_ndim + 1), x, mu, rho)
     return ref.finish_per_example(out, x.shape[1:], reduction, batch_ndim)
 
 
-def _fold_bwd(info, in_dims, args, call):
-    x, mu, rho = (to_front(t, d, info.batch_size) for t, d in zip(args[1:4], in_dims[1:]))
-    param, reduction, batch_ndim = args[4:]
-    grad = example_weights(to_front(args[0], in_dims[0], info.batch_size), x.shape, reduction, batch_ndim)
-    return call(grad, x, mu, rho, param, per_example(reduction), batch_ndim + 1)
+def _fold_bwd(info, in_dims, tensors, options, call):
+    grad, x, mu, rho = (to_front(t, d, info.batch_size) for t, d in zip(tensors, in_dims))
+    param, reduction, batch_ndim = options
+    grad = example_weights(grad, x.shape, reduction, batch_ndim)
+    return call((param, per_example(reduction), batch_ndim + 1), grad, x, mu, rho)
 
 
 _log_prob = Differentiable("gaussian_log_prob_fwd", "gaussian_log_prob_bwd", outputs=1, tensors=3, wrt=3,
@@ -75,4 +75,4 @@ def gaussian_log_prob(x: Tensor, mu: Tensor, logvar: Tensor, *, param: str = "lo
         logvar = logvar.expand_as(mu)
     param_code, reduction_code = check.options(op, mu, param, reduction, batch_ndim)
     check_impl(op, impl, mu.device.type)
-    return _log_prob(impl, x, mu, logvar, param_code, reduction_code, batch_ndim)
+    return _log_prob(impl, (param_code, reduction_code, batch_ndim), x, mu, logvar)

@@ -25,31 +25,35 @@ def _halves(q: Tensor, rho: Tensor | None, packed_dim: int) -> Tensor:
     return q if rho is not None else q.narrow(packed_dim, 0, q.shape[packed_dim] // 2)
 
 
-def _fake_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, lo, hi, reduction, batch_ndim, temperature):
+def _fake_fwd(
+    q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, lo, hi, reduction, batch_ndim, temperature
+):
     mu = _halves(q, rho, packed_dim)
-    z = torch.empty_like(mu) if seed is not None or eps is not None else mu.new_empty(0)
+    z = torch.empty_like(mu) if seed is not None or eps is not None else None
+    if reduction == NO_KL:
+        return z, None
     shape = ref.reduced_shape(mu.shape, reduction, batch_ndim)
     return z, mu.new_empty(shape, dtype=ref.compute_dtype(mu.dtype))
 
 
-def _fake_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, *options):
-    absent = q.new_empty(0)
-    return (
-        torch.empty_like(q),
-        torch.empty_like(rho) if rho is not None else absent,
-        *(torch.empty_like(p, memory_format=torch.contiguous_format) if p is not None else q.new_empty(0)
-          for p in (prior_mu, prior_rho)),
-    )  # fmt: skip
-
-
-def _ref_bwd(gz, gkl, q, *rest):
-    grads = ref.gaussian_bwd(gz, gkl, q, *rest)
-    like = (q, rest[0], *rest[1:3])
+def _fake_bwd(gz, gkl, q, rho, prior_mu, prior_rho, *options):
     return tuple(
-        q.new_empty(0) if g is None
-        else torch.empty_like(t, memory_format=torch.contiguous_format if i > 1 else torch.preserve_format).copy_(g)
-        for i, (g, t) in enumerate(zip(grads, like))
-    )  # fmt: skip
+        empty_gradient(t, prior)
+        for t, prior in ((q, False), (rho, False), (prior_mu, True), (prior_rho, True))
+    )
+
+
+def empty_gradient(t: Tensor | None, prior: bool) -> Tensor | None:
+    """A gradient has its tensor's memory format; a prior's, which is a sum over the batch, is contiguous."""
+    if t is None:
+        return None
+    return torch.empty_like(t, memory_format=torch.contiguous_format if prior else torch.preserve_format)
+
+
+def _ref_bwd(gz, gkl, *args):
+    grads = ref.gaussian_bwd(gz, gkl, *args)
+    likes = (empty_gradient(t, i > 1) for i, t in enumerate(args[:4]))
+    return tuple(g if like is None else like.copy_(g) for g, like in zip(grads, likes))
 
 
 def triton_kernel(name: str) -> Callable:
@@ -86,7 +90,9 @@ def example_weights(grad: Tensor, shape: torch.Size, reduction: int, batch_ndim:
         return grad
     grad = grad * ref.scale(shape[1:], batch_ndim, reduction)
     tail = shape[batch_ndim + 1 :] if reduction == 1 else ()
-    return grad.reshape(shape[0], *[1] * batch_ndim, *tail).expand(shape if reduction == 1 else shape[: batch_ndim + 1])
+    return grad.reshape(shape[0], *[1] * batch_ndim, *tail).expand(
+        shape if reduction == 1 else shape[: batch_ndim + 1]
+    )
 
 
 def _fold_tensors(info, in_dims, tensors, packed_dim):
@@ -97,24 +103,25 @@ def _fold_tensors(info, in_dims, tensors, packed_dim):
     return q, *(to_front(t, d, info.batch_size, r) for t, d, r in rest), packed_dim + 1
 
 
-def _fold_fwd(info, in_dims, args, call):
-    tensors, (packed_dim, param, lo, hi, reduction, batch_ndim, temperature) = args[:6], args[6:]
+def _fold_fwd(info, in_dims, tensors, options, call):
+    packed_dim, param, lo, hi, reduction, batch_ndim, temperature = options
     *folded, packed_dim = _fold_tensors(info, in_dims, tensors, packed_dim)
-    z, kl = call(*folded, packed_dim, param, lo, hi, per_example(reduction), batch_ndim + 1, temperature)
+    z, kl = call((packed_dim, param, lo, hi, per_example(reduction), batch_ndim + 1, temperature), *folded)
     shape = _halves(folded[0], folded[1], packed_dim).shape[1:]
     return z, kl if reduction == NO_KL else ref.finish_per_example(kl, shape, reduction, batch_ndim)
 
 
-def _fold_bwd(info, in_dims, args, call):
-    (gz, gkl), tensors, options = args[:2], args[2:8], args[8:]
+def _fold_bwd(info, in_dims, args, options, call):
+    (gz, gkl), tensors = args[:2], args[2:]
     packed_dim, param, lo, hi, reduction, batch_ndim, temperature = options
     *folded, packed_dim = _fold_tensors(info, in_dims[2:8], tensors, packed_dim)
     gz = to_front(gz, in_dims[0], info.batch_size)
     gkl = to_front(gkl, in_dims[1], info.batch_size)
     if gkl is not None:
         gkl = example_weights(gkl, _halves(folded[0], folded[1], packed_dim).shape, reduction, batch_ndim)
-    grads = call(gz, gkl, *folded, packed_dim, param, lo, hi, per_example(reduction), batch_ndim + 1, temperature)
-    prior = (g if t is None else g.reshape(info.batch_size, *_example_shape(t, d))
+    folded_options = (packed_dim, param, lo, hi, per_example(reduction), batch_ndim + 1, temperature)
+    grads = call(folded_options, gz, gkl, *folded)
+    prior = (None if t is None else g.reshape(info.batch_size, *_example_shape(t, d))
              for g, t, d in zip(grads[2:], tensors[2:4], in_dims[4:6]))  # fmt: skip
     return grads[0], grads[1], *prior
 
@@ -172,8 +179,8 @@ def reparam_kl(mu: Tensor, logvar: Tensor, *, prior: tuple[Tensor, Tensor] | Non
     mu_p, rho_p = check.prior_pair("reparam_kl", prior, mu)
     check_impl("reparam_kl", impl, mu.device.type)
     seed, eps = check.noise("reparam_kl", mu, batch_ndim, seed, generator, eps)
-    z, kl = _step(impl, mu, logvar, mu_p, rho_p, seed, eps, 0, param_code, lo, hi, reduction_code, batch_ndim,
-                  float(temperature))  # fmt: skip
+    options = (0, param_code, lo, hi, reduction_code, batch_ndim, float(temperature))
+    z, kl = _step(impl, options, mu, logvar, mu_p, rho_p, seed, eps)
     return LatentOutput(z, kl, seed)
 
 
@@ -204,7 +211,9 @@ def reparam_kl_packed(moments: Tensor, *, dim: int = 1, prior: tuple[Tensor, Ten
         raise TypeError(f"{op}: dim must be an int, got {type(dim).__name__}")
     rank = moments.dim()
     if not -rank <= dim < rank:
-        raise ValueError(f"{op}: dim must be in [{-rank}, {rank - 1}] for shape {list(moments.shape)}, got {dim}")
+        raise ValueError(
+            f"{op}: dim must be in [{-rank}, {rank - 1}] for shape {list(moments.shape)}, got {dim}"
+        )
     dim %= rank
     if moments.shape[dim] % 2:
         raise ValueError(f"{op}: moments must have an even size along dim {dim}, got {list(moments.shape)}")
@@ -215,8 +224,8 @@ def reparam_kl_packed(moments: Tensor, *, dim: int = 1, prior: tuple[Tensor, Ten
     mu_p, rho_p = check.prior_pair(op, prior, half)
     check_impl(op, impl, moments.device.type)
     seed, eps = check.noise(op, half, batch_ndim, seed, generator, eps)
-    z, kl = _step(impl, moments, None, mu_p, rho_p, seed, eps, dim, param_code, lo, hi, reduction_code, batch_ndim,
-                  float(temperature))  # fmt: skip
+    options = (dim, param_code, lo, hi, reduction_code, batch_ndim, float(temperature))
+    z, kl = _step(impl, options, moments, None, mu_p, rho_p, seed, eps)
     return LatentOutput(z, kl, seed)
 
 
@@ -236,7 +245,9 @@ def reparameterize(mu: Tensor, logvar: Tensor, *, param: str = "logvar", clamp: 
     lo, hi = check.bounds("reparameterize", clamp)
     check_impl("reparameterize", impl, mu.device.type)
     seed, eps = check.noise("reparameterize", mu, mu.dim(), seed, generator, eps)
-    z, _ = _step(impl, mu, logvar, None, None, seed, eps, 0, param_code, lo, hi, NO_KL, 0, float(temperature))
+    z, _ = _step(
+        impl, (0, param_code, lo, hi, NO_KL, 0, float(temperature)), mu, logvar, None, None, seed, eps
+    )
     return z
 
 
@@ -249,7 +260,6 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, prior: tuple[Tensor, Tensor] | No
     lo, hi = check.bounds("gaussian_kl", clamp)
     mu_p, rho_p = check.prior_pair("gaussian_kl", prior, mu)
     check_impl("gaussian_kl", impl, mu.device.type)
-    _, kl = _step(impl, mu, logvar, mu_p, rho_p, None, None, 0, param_code, lo, hi, reduction_code, batch_ndim, 1.0)
+    options = (0, param_code, lo, hi, reduction_code, batch_ndim, 1.0)
+    _, kl = _step(impl, options, mu, logvar, mu_p, rho_p, None, None)
     return kl
-
-

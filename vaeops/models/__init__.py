@@ -1,0 +1,4 @@
+"""Reference models. Each runs on vaeops' kernels or on vaeops.ref by one argument, `ops="fused" | "ref"`."""
+
+from .vae import MLPVAE as MLPVAE
+from .vae import VAEOutput as VAEOutput
