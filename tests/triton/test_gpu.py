@@ -1,4 +1,4 @@
-"""What only a GPU can show: the noise's bits, determinism, streams, CUDA graphs. The rest runs under the interpreter."""
+"""What only a GPU shows: the bits of noise and sums, streams, CUDA graphs. The interpreter does the rest."""
 
 import math
 

@@ -74,9 +74,7 @@ class View(NamedTuple):
     cols: int
     R: int
     C: int
-    sizes: (
-        Strides | None
-    )  # of the merged dims but the outermost; None: offsets are row * stride + col * stride
+    sizes: Strides | None  # of the merged dims but the first; None: offsets are row * stride + col * stride
     strides: list[tuple[int | None, ...]]  # per operand
 
 

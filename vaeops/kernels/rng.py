@@ -48,9 +48,8 @@ def log_normal_range(u):
 @triton.jit
 def sincos(word):
     """Sine and cosine of 2 pi word / 2^32. The angle is cut to an eighth of a turn in integers, exactly."""
-    r = (word << 2).to(tl.int32, bitcast=True).to(
-        tl.float32
-    ) * 2.3283064365386963e-10  # quarter turns in [-1/2, 1/2)
+    signed = (word << 2).to(tl.int32, bitcast=True)
+    r = signed.to(tl.float32) * 2.3283064365386963e-10  # quarter turns in [-1/2, 1/2)
     quadrant = (word + 0x20000000) >> 30
     t = r * r
     s = tl.fma(t, 0.00015820675, -0.0046812664)
@@ -68,9 +67,8 @@ def sincos(word):
 
 @triton.jit
 def box_muller(a, b):
-    u = tl.fma(
-        a.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10
-    )  # in (0, 1]: |normal| <= 6.76
+    # In (0, 1]: |normal| <= 6.76.
+    u = tl.fma(a.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
     radius = tl.sqrt_rn(log_normal_range(u) * -2.0)
     s, c = sincos(b)
     return radius * c, radius * s
@@ -150,9 +148,8 @@ def normal(seed: Tensor, size: list[int]) -> Tensor:
     block, warps = layout.settings(out.dtype)
     streams = seed.numel() // 2
     with layout.guard(out):
-        v = layout.view(
-            torch.Size((streams, out.numel() // streams)), [], 1 if streams > 1 else None, 1, block
-        )
+        shape = torch.Size((streams, out.numel() // streams))
+        v = layout.view(shape, [], 1 if streams > 1 else None, 1, block)
         grid = (-(-v.rows // v.R) * -(-v.cols // v.C),)
         normal_kernel[grid](
             seed.contiguous(), out, v.rows, v.cols, v.cols % 16 == 0, streams == 1, v.R, v.C,

@@ -3,9 +3,9 @@
 import itertools
 import math
 
-import budget
 import pytest
 import torch
+from budget import assert_within_budget
 
 import vaeops
 from vaeops.kernels import _layout, gaussian
@@ -14,6 +14,8 @@ from vaeops.ref import gaussian as ref
 
 SEED = torch.tensor([11, 2**33 - 1])
 INF = math.inf
+# The interpreter truncates to bf16 where a GPU rounds: one ulp more. In fp64 the reference is inexact, too.
+ALLOWANCE = {torch.bfloat16: 1, torch.float64: 16}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -31,32 +33,27 @@ def check_step(mu, rho, prior=(None, None), *, seed=SEED, eps=None, packed_dim=0
                reduction=3, batch_ndim=1, temperature=1.0, gz=None):  # fmt: skip
     """Both launchers against the reference; their outputs' shapes, dtypes and strides against the fakes."""
     args = (mu, rho, *prior, seed, eps, packed_dim, param, *clamp, reduction, batch_ndim, temperature)
-    ours, eager, exact = (
-        gaussian.gaussian_fwd(*args),
-        ref.gaussian_fwd(*args),
-        ref.gaussian_fwd(*doubled(args)),
-    )
-    check_outputs(ours, _fake_fwd(*args))
-    shares = [budget.check(o, e, x.double(), 2) for o, e, x in zip(ours, eager, exact)]
+    ours, exact = gaussian.gaussian_fwd(*args), ref.gaussian_fwd(*doubled(args))
+    check_outputs(("z", "kl"), ours, ref.gaussian_fwd(*args), exact, _fake_fwd(*args), 2)
     generator = torch.Generator().manual_seed(5)
     z, kl = ours
-    sampled, with_kl = seed is not None or eps is not None, reduction != ref.NO_KL
-    gz = (torch.randn(z.shape, generator=generator).to(z.dtype) if gz is None else gz) if sampled else None
-    gkl = torch.randn(kl.shape, generator=generator, dtype=kl.dtype) if with_kl else None
-    for cotangents in {(True, True), (True, False), (False, True)}:
-        g = [t if wanted else None for t, wanted in zip((gz, gkl), cotangents)]
-        if g == [None, None]:
+    if z is not None and gz is None:
+        gz = torch.randn(z.shape, generator=generator).to(z.dtype)
+    gkl = None if kl is None else torch.randn(kl.shape, generator=generator, dtype=kl.dtype)
+    for g in ((gz, gkl), (gz, None), (None, gkl)):
+        if g == (None, None):
             continue
-        ours = gaussian.gaussian_bwd(*g, *args)
-        eager, exact = ref.gaussian_bwd(*g, *args), ref.gaussian_bwd(*doubled(g), *doubled(args))
-        check_outputs(ours, _fake_bwd(*g, *args))
-        shares += [budget.check(o, e, x.double(), 3) for o, e, x in zip(ours, eager, exact) if e is not None]
-    return max(shares)
+        ours, exact = gaussian.gaussian_bwd(*g, *args), ref.gaussian_bwd(*doubled(g), *doubled(args))
+        names = ("d mu", "d rho", "d prior_mu", "d prior_rho")
+        check_outputs(names, ours, ref.gaussian_bwd(*g, *args), exact, _fake_bwd(*g, *args), 3)
 
 
-def check_outputs(ours, fakes):
-    for real, fake in zip(ours, fakes, strict=True):
-        assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
+def check_outputs(names, ours, eager, exact, fakes, factor):
+    for name, o, e, x, fake in zip(names, ours, eager, exact, fakes, strict=True):
+        assert (o is None) == (fake is None)
+        if o is not None:
+            assert (o.shape, o.dtype, o.stride()) == (fake.shape, fake.dtype, fake.stride())
+            assert_within_budget(o, x, e, name, factor=factor + ALLOWANCE.get(o.dtype, 0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -160,9 +157,10 @@ def test_log_variance_over_the_whole_range():
     """The KL of fp32 overflows at a log-variance of 88.7, sigma at 177."""
     rho = torch.linspace(-230, 87, 635)[None]
     check_step(torch.zeros_like(rho), rho, reduction=0, eps=torch.ones_like(rho), seed=None)
-    for first, last in ((80, 176), (178, 230)):
+    for first, last in ((80, 176), (180, 230)):
         rho = torch.linspace(first, last, 193)[None]
-        check_step(torch.zeros_like(rho), rho, reduction=-1, eps=torch.ones_like(rho), seed=None)
+        one = torch.ones_like(rho)
+        check_step(torch.zeros_like(rho), rho, reduction=-1, eps=one, seed=None, gz=one)
 
 
 @pytest.mark.parametrize("scale", [1e-1, 1e-2, 1e-4, 1e-6])

@@ -171,23 +171,25 @@ def backward_kernel(
 
 def gaussian_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi, reduction,
                  batch_ndim, temperature):  # fmt: skip
-    """(z, kl) of `vaeops::gaussian_fwd`: one launch."""
+    """(z, kl) of `vaeops::gaussian_fwd`, None for the one that is not wanted: one launch."""
     mu, rho = _halves(q, rho, packed_dim)
     seed = None if eps is not None else seed
-    sampled = seed is not None or eps is not None
-    z = torch.empty_like(mu) if sampled else mu.new_empty(0)
-    kl = mu.new_empty(ref.reduced_shape(mu.shape, reduction, batch_ndim), dtype=ref.compute_dtype(mu.dtype))
+    z = kl = None
+    if seed is not None or eps is not None:
+        z = torch.empty_like(mu)
+    F = ref.compute_dtype(mu.dtype)
+    if reduction != ref.NO_KL:
+        kl = mu.new_empty(ref.reduced_shape(mu.shape, reduction, batch_ndim), dtype=F)
     if mu.numel() == 0:
-        return z, kl.zero_()
-    operands = (*_operands(mu, rho, prior_mu, prior_rho, eps), z.stride() if sampled else None)
+        return z, None if kl is None else kl.zero_()
+    operands = (*_operands(mu, rho, prior_mu, prior_rho, eps), None if z is None else z.stride())
     block, warps = layout.settings(mu.dtype)
     sums = layout.reduction_sums(mu.shape, reduction, batch_ndim, block)
-    wanted = None if reduction == ref.NO_KL else kl
     launch = layout.plan(mu.shape, operands, sums, _streams(seed), block)
     with layout.guard(mu):
         forward_kernel[launch.grid](
-            mu, rho, prior_mu, prior_rho, _packed(seed), eps, z if sampled else None, wanted,
-            *launch.workspace(1, kl.dtype, mu), *launch.strides, *launch.sizes,
+            mu, rho, prior_mu, prior_rho, _packed(seed), eps, z, kl,
+            *launch.workspace(1, F, mu), *launch.strides, *launch.sizes,
             ref.scale(mu.shape, batch_ndim, reduction), clamp_lo, clamp_hi, temperature,
             ref.PARAMS[param], _clamps(clamp_lo, clamp_hi), *launch.constants,
             num_warps=warps, enable_fp_fusion=False,
@@ -197,20 +199,20 @@ def gaussian_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clam
 
 def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi,
                  reduction, batch_ndim, temperature):  # fmt: skip
-    """Gradients of (q, rho, prior_mu, prior_rho), no elements for an absent one: one launch.
+    """Gradients of (q, rho, prior_mu, prior_rho), None for an absent one: one launch.
 
     A prior that is broadcast along dims on both sides of one that it has adds a sum over partial results.
     """
     gq = torch.empty_like(q)
-    grho = q.new_empty(0) if rho is None else torch.empty_like(rho)
-    g_mu, g_rho = _halves(gq, None if rho is None else grho, packed_dim)
+    grho = None if rho is None else torch.empty_like(rho)
+    g_mu, g_rho = _halves(gq, grho, packed_dim)
     mu, rho = _halves(q, rho, packed_dim)
     seed = None if eps is not None or gz is None else seed
     eps = None if gz is None else eps
     gkl = None if reduction == ref.NO_KL else gkl
     prior = () if prior_mu is None or gkl is None or mu.numel() == 0 else (prior_mu, prior_rho)
     if not prior:
-        g_prior = [q.new_empty(0) if p is None else p.new_zeros(p.shape) for p in (prior_mu, prior_rho)]
+        g_prior = [None if p is None else p.new_zeros(p.shape) for p in (prior_mu, prior_rho)]
         prior_mu = prior_rho = None
     if mu.numel() == 0:
         return gq, grho, *g_prior
@@ -223,12 +225,13 @@ def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, pa
     )
     block, warps = layout.settings(mu.dtype)
     sums = layout.broadcast_sums(prior[0].shape, mu.shape, block) if prior else layout.NO_SUMS
-    g_sums = [_prior_sums(p, sums, ref.compute_dtype(mu.dtype)) for p in prior]
+    F = ref.compute_dtype(mu.dtype)
+    g_sums = [_prior_sums(p, sums, F) for p in prior]
     launch = layout.plan(mu.shape, operands, sums, _streams(seed), block)
     with layout.guard(mu):
         backward_kernel[launch.grid](
             gz, gkl, mu, rho, prior_mu, prior_rho, _packed(seed), eps, g_mu, g_rho,
-            *(g_sums or (None, None)), *launch.workspace(2, ref.compute_dtype(mu.dtype), mu),
+            *(g_sums or (None, None)), *launch.workspace(2, F, mu),
             *launch.strides, *launch.sizes,
             ref.scale(mu.shape, batch_ndim, reduction), clamp_lo, clamp_hi, temperature,
             ref.PARAMS[param], _clamps(clamp_lo, clamp_hi), *launch.constants,
