@@ -9,6 +9,7 @@ from budget import assert_within_budget
 
 import vaeops
 from vaeops.kernels import _layout, gaussian
+from vaeops.ops._library import why_not
 from vaeops.ops.gaussian.reparam_kl import _fake_bwd, _fake_fwd
 from vaeops.ref import gaussian as ref
 
@@ -254,3 +255,17 @@ def test_the_public_function_takes_it():
         leaves = [moments] if ours.z.dim() == 3 else [mu, rho]
         grads = [torch.autograd.grad(o.z.sin().sum() + (3 * o.kl).sum(), leaves) for o in (ours, want)]
         torch.testing.assert_close(*grads)
+
+
+@pytest.mark.skipif(why_not("cpp", "cpu") is not None, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("param", ["logvar", "logstd", "std"])
+def test_samples_have_the_bits_of_the_cpu_kernels(param, dtype):
+    mu, rho = inputs(41, 25, dtype=dtype, param=2)
+    options = {"param": param, "seed": SEED, "temperature": 0.7, "clamp": (0.1, 9.0)}
+    ours, cpu = (vaeops.reparam_kl(mu, 3 * rho, impl=impl, **options) for impl in ("triton", "cpp"))
+    assert torch.equal(ours.z, cpu.z)
+    rho = torch.linspace(-230, 180, 4097)[None]
+    eps = torch.ones_like(rho)
+    ours, cpu = (vaeops.reparameterize(0 * rho, rho, eps=eps, impl=impl) for impl in ("triton", "cpp"))
+    assert torch.equal(ours, cpu)
