@@ -71,7 +71,7 @@ CASES = {
     "backward, bf16": (backward(FLAT, dtype=HALF), 1024, 96, 135),
     "backward, fp64": (backward(FLAT, dtype=torch.float64), 512, 128, 290),
     "backward, sample": (backward(FLAT, reduction=2), 1024, 96, 140),
-    "backward, prior [D]": (backward(FLAT, prior=(256,)), 1024, 168, 280),
+    "backward, prior [D]": (backward(FLAT, prior=(256,)), 1024, 192, 300),
     "backward, prior [B, 1]": (backward(FLAT, prior=(4096, 1)), 1024, 168, 210),
     "backward, std, clamp": (backward(FLAT, param=2, clamp=(0.1, 2.0)), 1024, 128, 250),
     "backward, packed": (backward(IMAGES, packed_dim=1), 1024, 96, 135),
