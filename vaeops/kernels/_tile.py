@@ -26,10 +26,12 @@ def tile_at(group, inner, rows, cols, group_tiles, AXIS: tl.constexpr, R: tl.con
     else:
         tile = group * group_tiles + inner
         row_block, col_block = tile // col_blocks, tile % col_blocks
+    if AXIS == "all" or AXIS == "columns":  # a chunk may have more tiles than its group has left
+        rows = tl.where(inner < group_tiles, rows, 0)
     first_col = col_block.to(tl.int64) * C
     row = row_block.to(tl.int64) * R + tl.arange(0, R)[:, None]
     col = first_col + tl.arange(0, C)[None, :]
-    return (row, col, (row < rows) & (inner < group_tiles), col < cols, cols), first_col
+    return (row, col, row < rows, col < cols, cols), first_col
 
 
 @triton.jit
