@@ -61,7 +61,7 @@ class Differentiable:
     def __call__(self, impl: str | None, options: tuple, *tensors: Tensor | None) -> Any:
         if _is_compiling():
             if self._wants_gradient(tensors):
-                return self._traced[impl].apply(options, *tensors)
+                return self._traced[impl].apply(options, *_distinct(tensors))
             return self._op[impl](*tensors, *options)
         if _functorch_active() or _forward_ad_active():
             return self._transformed[impl].apply(options, *tensors)
@@ -75,6 +75,14 @@ class Differentiable:
                 if t is not None and t.requires_grad:
                     return True
         return False
+
+
+def _distinct(tensors: tuple) -> list:
+    """The same tensors, each a Python object of its own: Dynamo refuses a Function that is given one twice."""
+    result: list[Tensor | None] = []
+    for t in tensors:
+        result.append(t.view_as(t) if t is not None and any(t is other for other in result) else t)
+    return result
 
 
 def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
