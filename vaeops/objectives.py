@@ -258,7 +258,7 @@ def _check_kl(op: str, kl: Tensor, name: str = "kl") -> None:
 
 
 def _check_number(op: str, name: str, value: float | Tensor, kl: Tensor) -> None:
-    """A float >= 0, or a tensor that broadcasts to kl; its value stays unread, since that would synchronise."""
+    """A float >= 0, or a tensor that broadcasts to kl; its value is not read: that would synchronise."""
     if isinstance(value, Tensor):
         if value.dim() > kl.dim() or any(s not in (1, k) for s, k in zip(value.shape[::-1], kl.shape[::-1])):
             raise ValueError(f"{op}: {name} {list(value.shape)} does not broadcast to kl {list(kl.shape)}")
