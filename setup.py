@@ -74,7 +74,9 @@ def native() -> dict:
     cuda = want_cuda != "0" and torch.version.cuda is not None and home is not None
     if want_cuda == "require" and not cuda:
         raise SystemExit(f"vaeops: CUDA is required; torch.version.cuda={torch.version.cuda}, toolkit={home}")
-    if cuda:  # both before cpp_extension is imported: it reads them at import, and guesses wrong without a GPU
+    if (
+        cuda
+    ):  # both before cpp_extension is imported: it reads them at import, and guesses wrong without a GPU
         os.environ["CUDA_HOME"] = str(home)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
@@ -117,7 +119,10 @@ def native() -> dict:
                 print(f"vaeops: the native build failed, pure-Python install: {error}", file=sys.stderr)
                 self.extensions[:] = []
 
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build.with_options(use_ninja=bool(shutil.which("ninja")))}}
+    return {
+        "ext_modules": extensions,
+        "cmdclass": {"build_ext": Build.with_options(use_ninja=bool(shutil.which("ninja")))},
+    }
 
 
 os.chdir(ROOT)

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+struct CUstream_st;  // what a cudaStream_t points to
+
 namespace vaeops {
 
 enum class Dtype : int32_t { f32, bf16, f16, f64 };
@@ -16,12 +18,13 @@ enum class Reduction : int32_t { off = -1, none, dim, sample, batchmean, mean, s
 constexpr int kMaxDims = 8;
 
 // The logical shape that all operands of a call share, adjacent dims merged where every operand allows it.
-// The batch dims come first; `rows` of them hold `n / rows` elements each.
+// The batch dims come first: R rows of `width` elements each.
 struct Shape {
   int32_t ndim;
   int64_t size[kMaxDims];
-  int64_t n;     // elements
-  int64_t rows;  // R: product of the batch dims (1 when there are none)
+  int64_t n;      // elements
+  int64_t rows;   // R: product of the batch dims (1 when there are none)
+  int64_t width;  // n / R: product of the other dims; what it says also holds where R is 0
 };
 
 // One tensor read or written through a Shape. Strides are in elements; 0 where the tensor is broadcast.
@@ -58,12 +61,12 @@ struct GaussianForward : Gaussian {
 };
 
 struct GaussianBackward : Gaussian {
-  Operand gz;                     // T; absent: no gradient reaches z
-  Operand gkl;                    // C, in the reduced shape, broadcast; absent: no gradient reaches the KL
-  Operand gmu, grho;              // T
-  void *gprior_mu, *gprior_rho;   // C, contiguous [P], fully written; null: not wanted
+  Operand gz;                      // T; absent: no gradient reaches z
+  Operand gkl;                     // C, in the reduced shape, broadcast; absent: no gradient reaches the KL
+  Operand gmu, grho;               // T
+  void *gprior_mu, *gprior_rho;    // C, contiguous [P], fully written; null: not wanted
   int64_t prior_stride[kMaxDims];  // of both, 0 where the prior is broadcast
-  int64_t prior_n;                // P
+  int64_t prior_n;                 // P
 };
 
 // log N(x; mu, sigma^2). x, mu, rho, gx, gmu, grho share T.
@@ -112,9 +115,39 @@ Isa best_isa();
 Isa isa();
 bool set_isa(Isa wanted);  // false when the machine lacks it
 
-// Asks for 2 MiB pages in the part of a fresh output that can have them: touching its 4 KiB pages for the first time would
-// cost more than the kernel. A hint; a refusal is of no consequence.
+// Asks for 2 MiB pages in the part of a fresh output that can have them: touching its 4 KiB pages for the first time
+// would cost more than the kernel. A hint; a refusal is of no consequence.
 void advise_large_pages(void* data, size_t bytes);
 
 }  // namespace cpu
+
+// The tensors of a call, its scratch memory and its stream belong to the current device. Launchers return a cudaError_t
+// (0: launched) and never synchronise, so they can be captured in a CUDA graph. Nothing is launched for empty outputs;
+// a reduction over no elements writes zeros, except `dim` over zero rows, whose length the call does not tell: the
+// caller zero-fills that one.
+namespace cuda {
+
+constexpr int64_t kTickets = 1024;
+
+struct Scratch {
+  void* partials = nullptr;     // as many bytes as the launcher's `*_scratch` says, 16-byte aligned, not initialised
+  uint32_t* tickets = nullptr;  // [kTickets], zero before the first call; every launch leaves them zero. One array per
+                                // stream: calls that may run at the same time must not share it
+};
+
+// Bytes of Scratch::partials; 0 for most calls. Asked with the current device the one that will run the call.
+int64_t gaussian_forward_scratch(const GaussianForward& call);
+int64_t gaussian_backward_scratch(const GaussianBackward& call);
+int64_t log_prob_forward_scratch(const LogProbForward& call);
+
+int gaussian_forward(const GaussianForward& call, Scratch scratch, CUstream_st* stream);
+int gaussian_backward(const GaussianBackward& call, Scratch scratch, CUstream_st* stream);
+int log_prob_forward(const LogProbForward& call, Scratch scratch, CUstream_st* stream);
+int log_prob_backward(const LogProbBackward& call, CUstream_st* stream);
+int normal(float* out /* [S, n / S] */, int64_t n, Noise noise, CUstream_st* stream);
+int fold_in(const int64_t* seed /* [M or 1, 2] */, int64_t seed_stride, const int64_t* index /* [M or 1] */,
+            int64_t index_stride, int64_t* child /* [M, 2] */, int64_t m, CUstream_st* stream);
+const char* error_string(int error);
+
+}  // namespace cuda
 }  // namespace vaeops

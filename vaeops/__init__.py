@@ -8,10 +8,20 @@ from . import rng as rng  # noqa: E402
 from ._info import info as info  # noqa: E402
 from .ops.gaussian import (  # noqa: E402
     LatentOutput as LatentOutput,
+)
+from .ops.gaussian import (
     gaussian_kl as gaussian_kl,
+)
+from .ops.gaussian import (
     gaussian_log_prob as gaussian_log_prob,
+)
+from .ops.gaussian import (
     reparam_kl as reparam_kl,
+)
+from .ops.gaussian import (
     reparam_kl_packed as reparam_kl_packed,
+)
+from .ops.gaussian import (
     reparameterize as reparameterize,
 )
 

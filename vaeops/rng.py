@@ -2,8 +2,16 @@
 
 from .ops.rng import (
     advance as advance,
+)
+from .ops.rng import (
     fold_in as fold_in,
+)
+from .ops.rng import (
     make_seed as make_seed,
+)
+from .ops.rng import (
     normal as normal,
+)
+from .ops.rng import (
     split as split,
 )

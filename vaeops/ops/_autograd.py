@@ -47,7 +47,10 @@ class Differentiable:
     def __init__(self, forward: str, backward: str, *, outputs: int, tensors: int, wrt: int, reference: Callable,
                  fold_fwd: Callable, fold_bwd: Callable) -> None:  # fmt: skip
         fwd, bwd = overloads(forward), overloads(backward)
-        self._fwd = {impl: op._op for impl, op in fwd.items()}  # ._op skips a Python frame
+        self._op = fwd
+        self._kernel = {
+            impl: op._op for impl, op in fwd.items()
+        }  # the same, less a Python frame; Dynamo cannot trace it
         build = (outputs, tensors, wrt, reference, fold_fwd, fold_bwd)
         by_impl = {impl: _functions(fwd[impl], bwd[impl], *build) for impl in (None, *IMPLS)}
         self._eager = {impl: f[0] for impl, f in by_impl.items()}
@@ -57,20 +60,28 @@ class Differentiable:
 
     def __call__(self, impl: str | None, options: tuple, *tensors: Tensor | None) -> Any:
         if _is_compiling():
-            return self._traced[impl].apply(options, *tensors)
+            if self._wants_gradient(tensors):
+                return self._traced[impl].apply(options, *tensors)
+            return self._op[impl](*tensors, *options)
         if _functorch_active() or _forward_ad_active():
             return self._transformed[impl].apply(options, *tensors)
+        if self._wants_gradient(tensors):
+            return self._eager[impl](options, *tensors)
+        return self._kernel[impl](*tensors, *options)
+
+    def _wants_gradient(self, tensors: tuple) -> bool:
         if _is_grad_enabled():
             for t in tensors[: self._wrt]:
                 if t is not None and t.requires_grad:
-                    return self._eager[impl](options, *tensors)
-        return self._fwd[impl](*tensors, *options)
+                    return True
+        return False
 
 
 def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
     fwd_op, bwd_op = fwd._op, bwd._op
 
     nothing = (None,) * (tensors - wrt)
+    no_gradient = (None,) * (1 + tensors)
 
     class Eager(Function):
         @staticmethod
@@ -82,6 +93,8 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
 
         @staticmethod
         def backward(ctx, *grads):
+            if grads.count(None) == outputs:  # an undefined gradient reached every output
+                return no_gradient
             kernel = reference if _is_grad_enabled() else bwd_op
             return None, *kernel(*grads, *ctx.saved_tensors, *ctx.options), *nothing
 
@@ -145,7 +158,9 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
             ctx.options, *saved = inputs
             ctx.save_for_backward(*saved)
             ctx.save_for_forward(*saved)
-            ctx.like = [o if o is None else (o.shape, o.dtype) for o in (output if outputs > 1 else (output,))]
+            ctx.like = [
+                o if o is None else (o.shape, o.dtype) for o in (output if outputs > 1 else (output,))
+            ]
             ctx.set_materialize_grads(False)
 
         @staticmethod
@@ -172,7 +187,9 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
     return super(Function, Eager).apply, Traced, Transformed
 
 
-def _partial(reference: Callable, saved: tuple, options: tuple, free: list[int], wanted: list[int]) -> Callable:
+def _partial(
+    reference: Callable, saved: tuple, options: tuple, free: list[int], wanted: list[int]
+) -> Callable:
     """reference(*saved, *options)[wanted] as a function of saved[free]."""
 
     def formula(*values):

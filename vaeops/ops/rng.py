@@ -42,10 +42,14 @@ define("fold_in", "(Tensor seed, Tensor index) -> Tensor",
 _NORMAL, _FOLD_IN = overloads("normal"), overloads("fold_in")
 
 
-def check_seed(op: str, seed: Tensor, device: torch.device | None = None, prefix: tuple[int, ...] | None = None) -> None:
+def check_seed(
+    op: str, seed: Tensor, device: torch.device | None = None, prefix: tuple[int, ...] | None = None
+) -> None:
     """A seed is int64 [2], or [*S, 2] where S is a prefix of `prefix` (None: any S), on `device`."""
     if not isinstance(seed, Tensor):
-        raise TypeError(f"{op}: seed must be an int64 tensor [2] (vaeops.rng.make_seed), got {type(seed).__name__}")
+        raise TypeError(
+            f"{op}: seed must be an int64 tensor [2] (vaeops.rng.make_seed), got {type(seed).__name__}"
+        )
     if seed.dtype is not torch.int64:
         raise TypeError(f"{op}: seed must be int64, got {seed.dtype}")
     if seed.dim() < 1 or seed.shape[-1] != 2:
@@ -116,12 +120,10 @@ def fold_in(seed: Tensor, index: int | Tensor) -> Tensor:
             raise TypeError(f"fold_in: index must be an int or an int64 tensor, got {index.dtype}")
         if index.device != seed.device:
             raise ValueError(f"fold_in: index is on {index.device}, it must be on {seed.device}")
-        try:
-            torch.broadcast_shapes(seed.shape[:-1], index.shape)
-        except RuntimeError:
+        if any(m != n and m != 1 and n != 1 for m, n in zip(seed.shape[-2::-1], index.shape[::-1])):
             raise ValueError(
-                f"fold_in: index {list(index.shape)} does not broadcast with the seeds {list(seed.shape[:-1])}"
-            ) from None
+                f"fold_in: index {list(index.shape)} does not broadcast with seeds {list(seed.shape[:-1])}"
+            )
     elif not isinstance(index, int) or isinstance(index, bool):
         raise TypeError(f"fold_in: index must be an int or an int64 tensor, got {type(index).__name__}")
     elif not 0 <= index < 2**63:
@@ -170,10 +172,12 @@ def advance(seed: Tensor, elements: int | Tensor) -> Tensor:
         )
     else:
         blocks = elements // 4
-    return torch.stack((seed[..., 0], seed[..., 1] + blocks), dim=-1)
+    return torch.stack(torch.broadcast_tensors(seed[..., 0], seed[..., 1] + blocks), dim=-1)
 
 
-def normal(shape: list[int] | tuple[int, ...] | torch.Size, seed: Tensor, *, impl: str | None = None) -> Tensor:
+def normal(
+    shape: list[int] | tuple[int, ...] | torch.Size, seed: Tensor, *, impl: str | None = None
+) -> Tensor:
     """Standard normals of a seed, fp32: what every op of vaeops adds when it is given `seed=`.
 
     Args:
@@ -203,7 +207,9 @@ def check_eps(op: str, eps: Tensor, like: Tensor) -> None:
     if eps.device != like.device:
         raise ValueError(f"{op}: eps is on {eps.device}, it must be on {like.device}")
     if eps.shape != like.shape:
-        raise ValueError(f"{op}: eps must have the shape of the sample, {list(like.shape)}, got {list(eps.shape)}")
+        raise ValueError(
+            f"{op}: eps must have the shape of the sample, {list(like.shape)}, got {list(eps.shape)}"
+        )
     if eps.requires_grad:
         raise ValueError(f"{op}: eps gets no gradient; pass eps.detach()")
 

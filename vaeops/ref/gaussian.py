@@ -72,7 +72,9 @@ def _weight_shape(shape: torch.Size, batch_ndim: int, reduction: int) -> list[in
 
 def scale(shape: torch.Size, batch_ndim: int, reduction: int) -> float:
     """What a sum over elements is multiplied by. Zero rows give a zero loss, not 0 / 0."""
-    count = {1: batch_count(shape, batch_ndim), 3: batch_count(shape, batch_ndim), 4: shape.numel()}.get(reduction, 1)
+    count = {1: batch_count(shape, batch_ndim), 3: batch_count(shape, batch_ndim), 4: shape.numel()}.get(
+        reduction, 1
+    )
     return 1.0 / max(count, 1)
 
 
@@ -115,7 +117,9 @@ def _noise(shape: torch.Size, seed: Tensor | None, eps: Tensor | None, dtype: to
     return eps.to(dtype)
 
 
-def _kl_elements(mu: Tensor, lv: Tensor, prior_mu: Tensor | None, prior_rho: Tensor | None, param: int) -> Tensor:
+def _kl_elements(
+    mu: Tensor, lv: Tensor, prior_mu: Tensor | None, prior_rho: Tensor | None, param: int
+) -> Tensor:
     if prior_mu is None or prior_rho is None:
         return 0.5 * (mu * mu + expm1_gap(lv))
     prior_mu, prior_rho = prior_mu.to(mu.dtype), prior_rho.to(mu.dtype)
@@ -123,7 +127,9 @@ def _kl_elements(mu: Tensor, lv: Tensor, prior_mu: Tensor | None, prior_rho: Ten
     return 0.5 * (t * t + expm1_gap(lv - _log_variance(prior_rho, param)))
 
 
-def _latent(mu, rho, prior_mu, prior_rho, seed, eps, param, clamp_lo, clamp_hi, reduction, batch_ndim, temperature):
+def _latent(
+    mu, rho, prior_mu, prior_rho, seed, eps, param, clamp_lo, clamp_hi, reduction, batch_ndim, temperature
+):
     """(z or None, kl or None) in the compute dtype, differentiable."""
     dtype = compute_dtype(mu.dtype)
     m, r = mu.to(dtype), rho.to(dtype)
@@ -142,7 +148,9 @@ def gaussian_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clam
                  temperature):  # fmt: skip
     """(z, kl); None for the one that was not asked for: no seed and no eps, or reduction NO_KL."""
     mu, rho = _unpack(q, rho, packed_dim)
-    z, kl = _latent(mu, rho, prior_mu, prior_rho, seed, eps, param, clamp_lo, clamp_hi, reduction, batch_ndim, temperature)
+    z, kl = _latent(
+        mu, rho, prior_mu, prior_rho, seed, eps, param, clamp_lo, clamp_hi, reduction, batch_ndim, temperature
+    )
     return None if z is None else torch.empty_like(mu).copy_(z), None if kl is None else kl.contiguous()
 
 
@@ -180,7 +188,12 @@ def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, pa
             g_r = g_r + w * (0.5 * chain) * e
             g_pm = (-w * t / s).expand_as(m).sum_to_size(prior_mu.shape).to(prior_mu.dtype)
             prior_chain = 2 / pr if param == 2 else chain
-            g_pr = (-0.5 * w * prior_chain * (e + t * t)).expand_as(m).sum_to_size(prior_rho.shape).to(prior_rho.dtype)
+            g_pr = (
+                (-0.5 * w * prior_chain * (e + t * t))
+                .expand_as(m)
+                .sum_to_size(prior_rho.shape)
+                .to(prior_rho.dtype)
+            )
     elif prior_mu is not None:
         g_pm, g_pr = torch.zeros_like(prior_mu), torch.zeros_like(prior_rho)
     g_r = torch.where((r0 < clamp_lo) | (r0 > clamp_hi), 0.0, g_r)
@@ -248,7 +261,9 @@ def gaussian_kl(mu, logvar, *, prior=None, param="logvar", clamp=None, reduction
     return kl
 
 
-def gaussian_log_prob(x, mu, logvar, *, param="logvar", reduction="sample", batch_ndim=1, impl=None) -> Tensor:
+def gaussian_log_prob(
+    x, mu, logvar, *, param="logvar", reduction="sample", batch_ndim=1, impl=None
+) -> Tensor:
     """Reference of `vaeops.gaussian_log_prob`."""
     _only_ref(impl)
     x, mu, logvar = torch.broadcast_tensors(x, mu, logvar)

@@ -16,7 +16,9 @@ _LOW = 0xFFFFFFFF
 _FOLD_TAG = 1 << 31
 
 
-def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words per counter block (Philox4x32-10); `key` int64 holds 64 bits, the words are int64 below 2^32."""
     c0, c1, c2, c3 = counter
     k0, k1 = key & _LOW, (key >> 32) & _LOW
@@ -41,7 +43,9 @@ def fold_in(seed: Tensor, index: Tensor) -> Tensor:
 def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     """a * b + c rounded once to fp32. fp64 holds the product exactly; rounding the sum to odd makes the last cast safe."""
     product = a.double() * (b.double() if isinstance(b, Tensor) else _f32(b))
-    addend = c.double() if isinstance(c, Tensor) else torch.tensor(_f32(c), dtype=torch.float64, device=a.device)
+    addend = (
+        c.double() if isinstance(c, Tensor) else torch.tensor(_f32(c), dtype=torch.float64, device=a.device)
+    )
     total = product + addend
     tail = total - product
     error = (product - (total - tail)) + (addend - tail)  # TwoSum: total + error is the exact sum
@@ -78,14 +82,27 @@ def _log(u: Tensor) -> Tensor:
     exponent = (bits - 0x3F2AAAAB) & 0xFF800000
     f = _from_bits((bits - exponent) & _LOW) - 1.0
     k = torch.where(exponent >= 1 << 31, exponent - (1 << 32), exponent).float() * 2.0**-23
-    p = _poly(f, -0.13191646, 0.1396245, -0.12115126, 0.1401092, -0.16685466, 0.20010044, -0.24999689, 0.33333224, -0.5)
+    p = _poly(
+        f,
+        -0.13191646,
+        0.1396245,
+        -0.12115126,
+        0.1401092,
+        -0.16685466,
+        0.20010044,
+        -0.24999689,
+        0.33333224,
+        -0.5,
+    )
     return _fma(k, 0.693147182, _fma(f * f, p, f))
 
 
 def _sincos(word: Tensor) -> tuple[Tensor, Tensor]:
     """Sine and cosine of 2 pi word / 2^32. The angle is cut to an eighth of a turn in integers, so nothing is lost."""
     folded = (word << 2) & _LOW
-    r = torch.where(folded >= 1 << 31, folded - (1 << 32), folded).float() * 2.0**-32  # quarter turns in [-1/2, 1/2)
+    r = (
+        torch.where(folded >= 1 << 31, folded - (1 << 32), folded).float() * 2.0**-32
+    )  # quarter turns in [-1/2, 1/2)
     quadrant = ((word + 0x20000000) & _LOW) >> 30
     t = r * r
     s = _fma(r * t, _poly(t, 0.00015820675, -0.0046812664, 0.07969258, -0.6459641), r * _f32(1.5707964))
@@ -97,7 +114,9 @@ def _sincos(word: Tensor) -> tuple[Tensor, Tensor]:
 
 def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     u = _fma(a.float(), 2.0**-32, 2.0**-33)  # in (0, 1]: |normal| <= 6.76
-    radius = (-2.0 * _log(u)).double().sqrt().float()  # rounded once; torch's fp32 sqrt may call a library that is not
+    radius = (
+        (-2.0 * _log(u)).double().sqrt().float()
+    )  # rounded once; torch's fp32 sqrt may call a library that is not
     s, c = _sincos(b)
     return radius * c, radius * s
 

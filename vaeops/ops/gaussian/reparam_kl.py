@@ -25,7 +25,9 @@ def _halves(q: Tensor, rho: Tensor | None, packed_dim: int) -> Tensor:
     return q if rho is not None else q.narrow(packed_dim, 0, q.shape[packed_dim] // 2)
 
 
-def _fake_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, lo, hi, reduction, batch_ndim, temperature):
+def _fake_fwd(
+    q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, lo, hi, reduction, batch_ndim, temperature
+):
     mu = _halves(q, rho, packed_dim)
     z = torch.empty_like(mu) if seed is not None or eps is not None else None
     if reduction == NO_KL:
@@ -35,7 +37,10 @@ def _fake_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, lo, hi,
 
 
 def _fake_bwd(gz, gkl, q, rho, prior_mu, prior_rho, *options):
-    return tuple(empty_gradient(t, prior) for t, prior in ((q, False), (rho, False), (prior_mu, True), (prior_rho, True)))
+    return tuple(
+        empty_gradient(t, prior)
+        for t, prior in ((q, False), (rho, False), (prior_mu, True), (prior_rho, True))
+    )
 
 
 def empty_gradient(t: Tensor | None, prior: bool) -> Tensor | None:
@@ -85,7 +90,9 @@ def example_weights(grad: Tensor, shape: torch.Size, reduction: int, batch_ndim:
         return grad
     grad = grad * ref.scale(shape[1:], batch_ndim, reduction)
     tail = shape[batch_ndim + 1 :] if reduction == 1 else ()
-    return grad.reshape(shape[0], *[1] * batch_ndim, *tail).expand(shape if reduction == 1 else shape[: batch_ndim + 1])
+    return grad.reshape(shape[0], *[1] * batch_ndim, *tail).expand(
+        shape if reduction == 1 else shape[: batch_ndim + 1]
+    )
 
 
 def _fold_tensors(info, in_dims, tensors, packed_dim):
@@ -204,7 +211,9 @@ def reparam_kl_packed(moments: Tensor, *, dim: int = 1, prior: tuple[Tensor, Ten
         raise TypeError(f"{op}: dim must be an int, got {type(dim).__name__}")
     rank = moments.dim()
     if not -rank <= dim < rank:
-        raise ValueError(f"{op}: dim must be in [{-rank}, {rank - 1}] for shape {list(moments.shape)}, got {dim}")
+        raise ValueError(
+            f"{op}: dim must be in [{-rank}, {rank - 1}] for shape {list(moments.shape)}, got {dim}"
+        )
     dim %= rank
     if moments.shape[dim] % 2:
         raise ValueError(f"{op}: moments must have an even size along dim {dim}, got {list(moments.shape)}")
@@ -236,7 +245,9 @@ def reparameterize(mu: Tensor, logvar: Tensor, *, param: str = "logvar", clamp: 
     lo, hi = check.bounds("reparameterize", clamp)
     check_impl("reparameterize", impl, mu.device.type)
     seed, eps = check.noise("reparameterize", mu, mu.dim(), seed, generator, eps)
-    z, _ = _step(impl, (0, param_code, lo, hi, NO_KL, 0, float(temperature)), mu, logvar, None, None, seed, eps)
+    z, _ = _step(
+        impl, (0, param_code, lo, hi, NO_KL, 0, float(temperature)), mu, logvar, None, None, seed, eps
+    )
     return z
 
 
@@ -252,5 +263,3 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, prior: tuple[Tensor, Tensor] | No
     options = (0, param_code, lo, hi, reduction_code, batch_ndim, 1.0)
     _, kl = _step(impl, options, mu, logvar, mu_p, rho_p, None, None)
     return kl
-
-

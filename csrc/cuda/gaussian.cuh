@@ -1,0 +1,101 @@
+// What the kernels of the Gaussian family share: the parameters of q, and the operands' common checks.
+#pragma once
+#include "fold.cuh"
+#include "noise.cuh"
+
+namespace vaeops::cuda {
+
+// A call as its kernel takes it: `scale` is 1 / (what the reduction divides by).
+template <class Host, class C>
+struct Scaled : Host {
+  C scale;
+  explicit Scaled(const Host& host) : Host(host), scale(static_cast<C>(reduction_scale(host.reduction, host.shape))) {}
+};
+
+// The same with the options' numbers in the compute type.
+template <class Host, class C>
+struct Prepared : Scaled<Host, C> {
+  C lo, hi, temp;
+  explicit Prepared(const Host& host)
+      : Scaled<Host, C>(host),
+        lo(static_cast<C>(host.clamp_lo)),
+        hi(static_cast<C>(host.clamp_hi)),
+        temp(static_cast<C>(host.temperature)) {}
+
+  // Written so that NaN stays.
+  __device__ __forceinline__ C clamp(C rho) const { return !this->clamped ? rho : rho < lo ? lo : rho > hi ? hi : rho; }
+  __device__ __forceinline__ bool inside(C rho) const { return !this->clamped || !(rho < lo || rho > hi); }
+};
+
+template <class C>
+__device__ __forceinline__ C log_variance(C rho, Param param) {
+  return param == Param::logvar ? rho : 2 * (param == Param::std ? log(rho) : rho);
+}
+
+// 1 / sigma of a distribution whose log-variance is lv.
+template <class C>
+__device__ __forceinline__ C reciprocal_sigma(C rho, C lv, Param param) {
+  return param == Param::std ? 1 / rho : inverse_sigma(lv);
+}
+
+// d log sigma / d rho.
+template <class C>
+__device__ __forceinline__ C half_chain(C rho, Param param) {
+  return param == Param::logvar ? C(0.5) : param == Param::logstd ? C(1) : 1 / rho;
+}
+
+// The noise of four elements at logical index i, in linear memory or at the head of a Philox block.
+template <class C>
+__device__ __forceinline__ void noise_quad(const Gaussian& call, int64_t i, const int64_t* seed, int64_t position,
+                                           C (&eps)[4]) {
+  float normal[4] = {};
+  if (call.eps.data == nullptr) draw(seed, position / 4, normal);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    eps[e] = call.eps.data != nullptr ? load_any<C>(call.eps, i + e) : static_cast<C>(normal[e]);
+  }
+}
+
+inline bool is_scalar(Reduction reduction) {
+  return reduction == Reduction::batchmean || reduction == Reduction::mean || reduction == Reduction::sum;
+}
+
+inline int64_t row_length(const Shape& shape) { return shape.rows > 0 ? shape.n / shape.rows : 0; }
+
+// Bytes of partial sums of a forward pass.
+inline int64_t forward_scratch(const Shape& shape, Reduction reduction) {
+  if (is_scalar(reduction)) {
+    const int64_t grid = grid_for(ceil_div(shape.n, kThreads * kChunk), kMostBlocksPerSm);
+    return grid > 1 ? grid * static_cast<int64_t>(sizeof(double)) : 0;
+  }
+  if ((reduction != Reduction::dim && reduction != Reduction::sample) || shape.rows == 0) return 0;
+  return partials_of(row_fold(shape.rows, row_length(shape), reduction == Reduction::sample), 1);
+}
+
+// A forward pass that sums its Step's one output into `out` by `reduction`.
+template <class Step>
+int launch_forward(const typename Step::Call& call, void* out, const Scratch& scratch, CUstream_st* stream) {
+  const Shape& shape = call.shape;
+  const Reduction reduction = call.reduction;
+  Sums sums;
+  sums.scale = reduction_scale(reduction, shape);
+  sums.partials = static_cast<double*>(scratch.partials);
+  sums.tickets = scratch.tickets;
+  if (reduction == Reduction::dim || reduction == Reduction::sample) {
+    if (shape.rows == 0 || (reduction == Reduction::dim && shape.n == 0)) return 0;
+    sums.out[0] = out;
+    const Fold fold = row_fold(shape.rows, row_length(shape), reduction == Reduction::sample);
+    return launch_fold<Step>(call, fold, sums, stream);
+  }
+  if (is_scalar(reduction)) sums.out[0] = out;
+  if (shape.n == 0 && sums.out[0] == nullptr) return 0;
+  return launch_flat<Step>(call, sums, stream);
+}
+
+// Rows are whole chunks, where the reduction walks along or across them.
+inline bool whole_rows(const Shape& shape, Reduction reduction) {
+  return shape.n % kChunk == 0 &&
+         ((reduction != Reduction::dim && reduction != Reduction::sample) || row_length(shape) % kChunk == 0);
+}
+
+}  // namespace vaeops::cuda

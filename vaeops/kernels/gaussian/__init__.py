@@ -1,0 +1,6 @@
+"""Triton kernels of the Gaussian family: launchers with the arguments of the low-level ops."""
+
+from .log_prob import log_prob_bwd as log_prob_bwd
+from .log_prob import log_prob_fwd as log_prob_fwd
+from .reparam_kl import gaussian_bwd as gaussian_bwd
+from .reparam_kl import gaussian_fwd as gaussian_fwd
