@@ -41,9 +41,7 @@ BATCH, HIDDEN, LATENT = 128, (256, 128), 10
 CASE_SECONDS = 8  # a case is timed for no longer, once it has three rounds
 TRAIN = 1500  # the other 297 images are held out
 STEPS = -(-TRAIN // BATCH)  # an epoch
-BETA = (
-    0.4  # KL weight at the end: 8x8 images have few nats to give, at 1 the latent keeps a blur of each digit
-)
+BETA = 0.4  # KL weight at the end: at 1 the latent of so small an image keeps but a blur of it
 
 
 @dataclass
@@ -71,10 +69,8 @@ def train(name: str, images: Tensor, epochs: int, seed: int, *, latent: int, ops
     order = torch.Generator().manual_seed(seed)
     noise = torch.tensor([seed, 0])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    beta, monitor = (
-        KLSchedule("linear", stop=BETA, steps=max(1, epochs * STEPS // 5)),
-        PosteriorMonitor(latent),
-    )
+    beta = KLSchedule("linear", stop=BETA, steps=max(1, epochs * STEPS // 5))
+    monitor = PosteriorMonitor(latent)
     history: list[Tensor] = []
     seconds: list[float] = []  # an image; their median holds on a busy machine, where the mean does not
     with tqdm(
