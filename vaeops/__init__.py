@@ -4,6 +4,9 @@ from . import _native
 
 _native.load()
 
+from . import nn as nn  # noqa: E402
+from . import objectives as objectives  # noqa: E402
+from . import ref as ref  # noqa: E402
 from . import rng as rng  # noqa: E402
 from ._info import info as info  # noqa: E402
 from .ops.gaussian import (  # noqa: E402
