@@ -4,27 +4,17 @@ from . import _native
 
 _native.load()
 
-from . import nn as nn  # noqa: E402
-from . import objectives as objectives  # noqa: E402
-from . import ref as ref  # noqa: E402
-from . import rng as rng  # noqa: E402
-from ._info import info as info  # noqa: E402
-from .ops.gaussian import (  # noqa: E402
+from . import nn as nn
+from . import objectives as objectives
+from . import ref as ref
+from . import rng as rng
+from ._info import info as info
+from .ops.gaussian import (
     LatentOutput as LatentOutput,
-)
-from .ops.gaussian import (
     gaussian_kl as gaussian_kl,
-)
-from .ops.gaussian import (
     gaussian_log_prob as gaussian_log_prob,
-)
-from .ops.gaussian import (
     reparam_kl as reparam_kl,
-)
-from .ops.gaussian import (
     reparam_kl_packed as reparam_kl_packed,
-)
-from .ops.gaussian import (
     reparameterize as reparameterize,
 )
 

@@ -1,6 +1,6 @@
-"""What the compiler makes of the kernels, with no GPU: spills, registers, instructions, exact arithmetic, compiles.
+"""What the compiler makes of the kernels, with no GPU.
 
-Run with `pytest -s` for the table.
+Spills, registers, instructions, exact arithmetic, how often it compiles. Run with `pytest -s` for the table.
 """
 
 import math
@@ -89,8 +89,8 @@ def test_resources(case, capability):
     (kernel,) = launched  # one launch
     found = aot.report(kernel)
     per_element = found.per_element(elements / (32 * kernel.metadata.num_warps))
-    print(f"\n{case:24} sm_{capability:<4} {found.registers:4} registers {found.spills:3} B spilled {found.shared:6} B shared "
-          f"{per_element:6.1f} instructions / element")  # fmt: skip
+    print(f"\n{case:24} sm_{capability:<4} {found.registers:4} registers {found.spills:3} B spilled "
+          f"{found.shared:6} B shared {per_element:6.1f} instructions / element")  # fmt: skip
     assert found.spills == 0 and found.stack == 0
     assert found.registers <= registers
     assert per_element <= instructions

@@ -1,4 +1,4 @@
-"""Runs interpreted/ in a process of its own: Triton decides when it is imported whether it compiles or interprets."""
+"""Runs interpreted/ in a process of its own: when imported, Triton decides whether it compiles."""
 
 import importlib.util
 import os

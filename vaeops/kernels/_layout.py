@@ -13,15 +13,16 @@ from ._tile import ALL, COLUMNS, NONE, ROWS
 
 # Kernel arguments that change from batch to batch: Triton must not compile anew for their values.
 FIXED = (
-    "rows", "cols", "per_stream", "chunks", "tiles", "group_tiles", "scale", "clamp_lo", "clamp_hi", "temperature",
+    "rows", "cols", "per_stream", "chunks", "tiles", "group_tiles",
+    "scale", "clamp_lo", "clamp_hi", "temperature",
 )  # fmt: skip
 
 Strides = tuple[int, ...]
 
 
 def settings(dtype: torch.dtype) -> tuple[int, int]:
-    """(elements of a tile, warps of a program). Not tuned on a GPU yet: 8 fp32 elements a thread, two 16-byte loads each,
-    and half of that in fp64, whose functions need more registers."""
+    """(elements of a tile, warps of a program). Not tuned on a GPU yet: 8 fp32 elements a thread, two 16-byte
+    loads each, and half of that in fp64, whose functions need more registers."""
     return (512, 4) if dtype is torch.float64 else (1024, 4)
 
 
@@ -54,7 +55,7 @@ def reduced_strides(t: Tensor, shape: torch.Size, reduction: int, batch_ndim: in
 
 
 def _merge(shape: Strides, strides: list[Strides]) -> list[tuple[int, list[int]]]:
-    """(size, stride of every operand) per dim, adjacent dims joined where every operand allows it, size 1 dropped."""
+    """(size, stride of every operand) per dim, neighbours joined where all operands allow, size 1 dropped."""
     dims: list[tuple[int, list[int]]] = []
     for d, size in enumerate(shape):
         if size == 1:
@@ -74,14 +75,13 @@ class View(NamedTuple):
     cols: int
     R: int
     C: int
-    sizes: (
-        Strides | None
-    )  # of the merged dims but the outermost; None: an offset is row * stride + col * stride
+    # Of the merged dims but the outermost; None: an offset is row * stride + col * stride.
+    sizes: Strides | None
     strides: list[tuple[int | None, ...]]  # per operand
 
 
 def view(shape: torch.Size, strides: list[Strides], split: int | None, streams: int, block: int) -> View:
-    """`split`: the dim at which a row begins; None where any rows will do. `streams`: noise streams, a prefix of shape."""
+    """`split`: the dim at which a row begins, None: anywhere. `streams`: noise streams, a prefix of shape."""
     n = shape.numel()
     dims = _merge(shape, strides)
     if split is not None:
@@ -140,7 +140,7 @@ def reduction_sums(shape: torch.Size, reduction: int, batch_ndim: int, block: in
 
 
 def broadcast_sums(small: torch.Size, shape: torch.Size, block: int) -> Sums:
-    """The sums that take a gradient of every element to a tensor of shape `small`, which broadcasts to `shape`."""
+    """The sums that take every element's gradient to a tensor of shape `small` that broadcasts to `shape`."""
     padded = (1,) * (len(shape) - len(small)) + tuple(small)
     dims = [d for d, n in enumerate(shape) if n > 1]
     kept = [padded[d] > 1 for d in dims]
@@ -162,7 +162,7 @@ def broadcast_sums(small: torch.Size, shape: torch.Size, block: int) -> Sums:
 
 
 class Launch(NamedTuple):
-    """Launch arguments that follow from shapes, strides and sums, in the order in which the kernels take them."""
+    """Launch arguments that follow from shapes, strides and sums, in the kernels' order."""
 
     grid: tuple[int]
     seed: Tensor | None
@@ -173,15 +173,15 @@ class Launch(NamedTuple):
     partials: int  # elements
 
     def workspace(self, sums: int, dtype: torch.dtype, like: Tensor) -> list[Tensor | None]:
-        """Room for the partial results of each sum, then the tickets; None where nothing is summed over tiles."""
+        """Room for each sum's partial results, then the tickets; None where nothing is summed over tiles."""
         if self.constants[0] < ALL.value:
             return [None] * (sums + 1)
         rooms: list[Tensor | None] = [like.new_empty(self.partials, dtype=dtype) for _ in range(sums)]
         return [*rooms, tickets(like, self.groups)]
 
 
-def plan(like: Tensor, operands: dict[str, Strides], names: tuple[str, ...], sums: Sums, seed: Tensor | None,
-         block: int) -> Launch:  # fmt: skip
+def plan(like: Tensor, operands: dict[str, Strides], names: tuple[str, ...], sums: Sums,
+         seed: Tensor | None, block: int) -> Launch:  # fmt: skip
     """`operands`: strides by name, in like's shape; `names`: all that the kernel knows, in its order."""
     streams = 1 if seed is None else seed.numel() // 2
     v = view(like.shape, list(operands.values()), sums.split, streams, block)
@@ -214,7 +214,7 @@ _tickets: dict[tuple, Tensor] = {}
 
 
 def tickets(t: Tensor, groups: int) -> Tensor:
-    """int32 zeros [>= groups] on t's device. A kernel leaves zeros behind, so launches in a row on one stream share them.
+    """int32 zeros [>= groups] on t's device. Kernels leave zeros behind, so one stream's launches share them.
 
     A captured CUDA graph gets its own: its replays may run next to anything.
     """

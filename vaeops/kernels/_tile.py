@@ -1,13 +1,14 @@
-"""What the kernels share on the device: tiles of a [rows, cols] view, operands read through it, deterministic sums.
+"""What kernels share on the device: tiles of a [rows, cols] view, reads through it, deterministic sums.
 
-A program walks the tiles [R, C] of one chunk of one group. What a group is depends on what the kernel sums (AXIS):
+A program walks the tiles [R, C] of one chunk of one group. What a group is depends on the sum (AXIS):
     NONE, ROWS  a tile; ROWS: it holds whole rows, each summed by itself
     ALL         consecutive tiles whose elements make one sum: the whole view, or one long row
     COLUMNS     the tiles below one another: one sum per column
-A group of several chunks leaves fp32 (fp64 for fp64) partial sums; the program that arrives last adds them in the order
-of their index, so the result does not depend on which one that is.
+A group of several chunks leaves fp32 (fp64 for fp64) partial sums; the program that arrives last adds them in
+the order of their index, so the result does not depend on which one that is.
 
-An operand's strides are (row, col), or one per merged dim when the view carries `sizes`. None: broadcast along that dim.
+An operand's strides are (row, col), or one per merged dim when the view carries `sizes`. None: broadcast
+along that dim.
 """
 
 import triton
@@ -21,9 +22,10 @@ COLUMNS = tl.constexpr(3)
 
 @triton.jit
 def tile_at(group, inner, rows, cols, group_tiles, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """Tile `inner` of a group: (row [R, 1], col [1, C], inside rows, inside cols, cols), and its first column. int64.
+    """Tile `inner` of a group: (row [R, 1], col [1, C], inside rows, inside cols, cols) and its first column.
 
-    Tiles are counted in 32 bits (2^31 of them are more elements than any memory holds); 64-bit division is slow.
+    All int64. Tiles are counted in 32 bits (2^31 of them are more elements than any memory holds); 64-bit
+    division is slow.
     """
     col_blocks = ((cols + C - 1) // C).to(tl.int32)
     if AXIS == COLUMNS:
@@ -39,7 +41,7 @@ def tile_at(group, inner, rows, cols, group_tiles, AXIS: tl.constexpr, R: tl.con
 
 @triton.jit
 def offset(tile, sizes, strides, WIDE: tl.constexpr):
-    """Offset [R, C] of the logical elements of a tile: their index taken apart along the merged dims, outermost first."""
+    """Offset [R, C] of a tile's logical elements: the index split along the merged dims, outer first."""
     row, col, _, _, cols = tile
     rest = row * cols + col
     if not WIDE:
@@ -87,7 +89,7 @@ def store(pointer, value, tile, sizes, strides, WIDE: tl.constexpr):
 @triton.jit
 def store_sum(total, out, partial, group, chunk, chunks, cols, scale,
               AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """total [R, C] of this chunk: scaled into `out` when it is the group's only one, else summed into `partial`.
+    """total [R, C] of this chunk: scaled into `out` if it is the group's only one, else put into `partial`.
 
     out [groups] (AXIS ALL) or [cols]; partial [groups, chunks] or [chunks, cols].
     """
@@ -109,7 +111,8 @@ def store_sum(total, out, partial, group, chunk, chunks, cols, scale,
 @triton.jit
 def arrive(ticket, group, chunks):
     """True in the program that comes last of its group; the stores of the others are visible to it."""
-    tl.debug_barrier()  # every thread's partial sums are out before the one that takes the ticket publishes them
+    # Every thread's partial sums are out before the one that takes the ticket publishes them.
+    tl.debug_barrier()
     last = tl.atomic_add(ticket + group, 1, sem="acq_rel") == chunks - 1
     tl.debug_barrier()
     return last
@@ -145,7 +148,7 @@ def release(ticket, group):
 
 @triton.jit
 def aligned(cols, ALIGNED: tl.constexpr):
-    """cols, in a form that shows the compiler that it is a multiple of 16 where it is: it then loads 16 bytes at a time.
+    """cols, in a form that shows the compiler where it is a multiple of 16: it then loads 16 bytes at a time.
 
     It takes no notice of tl.multiple_of on a kernel argument.
     """

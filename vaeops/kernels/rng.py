@@ -1,7 +1,8 @@
-"""The noise stream in Triton: Philox4x32-10 and a Box-Muller of exactly rounded operations. Specification: vaeops/ref/rng.py.
+"""The noise stream in Triton: Philox4x32-10 and a Box-Muller of exactly rounded operations.
 
-Bits match the other implementations because fp32 add, multiply, fma and sqrt_rn are rounded alike everywhere. That needs
-`enable_fp_fusion=False` at launch: a multiply and an add must not become one fma behind our back.
+Specification: vaeops/ref/rng.py. Bits match the other implementations because fp32 add, multiply, fma and
+sqrt_rn are rounded alike everywhere. That needs `enable_fp_fusion=False` at launch: a multiply and an add
+must not become one fma behind our back.
 """
 
 import torch
@@ -31,7 +32,7 @@ def philox(key, low, high):
 
 @triton.jit
 def log_normal_range(u):
-    """Natural logarithm of a normal positive fp32, 0.94 ulp: u = 2^k m with m in [2/3, 4/3), a polynomial in m - 1."""
+    """Natural logarithm of positive normal fp32, 0.94 ulp: 2^k m, m in [2/3, 4/3), a polynomial in m - 1."""
     bits = u.to(tl.uint32, bitcast=True)
     exponent = (bits - 0x3F2AAAAB) & 0xFF800000
     f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
@@ -49,10 +50,9 @@ def log_normal_range(u):
 
 @triton.jit
 def sincos(word):
-    """Sine and cosine of 2 pi word / 2^32. The angle is cut to an eighth of a turn in integers, so nothing is lost."""
-    r = (word << 2).to(tl.int32, bitcast=True).to(
-        tl.float32
-    ) * 2.3283064365386963e-10  # quarter turns in [-1/2, 1/2)
+    """Sine and cosine of 2 pi word / 2^32. The angle is cut to 1/8 of a turn in integers, without loss."""
+    # Quarter turns in [-1/2, 1/2).
+    r = (word << 2).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
     quadrant = (word + 0x20000000) >> 30
     t = r * r
     s = tl.fma(t, 0.00015820675, -0.0046812664)
@@ -70,9 +70,8 @@ def sincos(word):
 
 @triton.jit
 def box_muller(a, b):
-    u = tl.fma(
-        a.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10
-    )  # in (0, 1]: |normal| <= 6.76
+    # In (0, 1]: |normal| <= 6.76.
+    u = tl.fma(a.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
     radius = tl.sqrt_rn(log_normal_range(u) * -2.0)
     s, c = sincos(b)
     return radius * c, radius * s
@@ -83,8 +82,9 @@ def normal_tile(seed, tile, first_col, per_stream, ONE_STREAM: tl.constexpr, QUA
                 R: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """Normals [R, C] of a tile (see tile_at).
 
-    QUADS: every row of the tile begins a Philox block and lies in one stream, so all four lanes of a block are used;
-    `per_stream` is in rows. Otherwise each element makes its own block and takes its lane; `per_stream` is in elements.
+    QUADS: every row of the tile begins a Philox block and lies in one stream, so all four lanes of a block
+    are used; `per_stream` is in rows. Otherwise each element makes its own block and takes its lane;
+    `per_stream` is in elements.
     """
     row, col, row_ok, col_ok, cols = tile
     if QUADS:

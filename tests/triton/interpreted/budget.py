@@ -1,4 +1,7 @@
-"""The error budget: |ours - fp64| <= factor * (largest |eager - fp64| + 1 ulp), eager being the reference in ours' dtype."""
+"""The error budget: |ours - fp64| <= factor * (largest |eager - fp64| + 1 ulp).
+
+Here eager is the reference in ours' dtype.
+"""
 
 import torch
 from torch import Tensor
@@ -11,7 +14,7 @@ def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check(ours: Tensor, eager: Tensor, exact: Tensor, factor: float) -> float:
-    """Raises where ours is out of budget; returns the largest share of it used. NaN and Inf must sit where exact's do."""
+    """Raises where over budget; returns the largest share used. NaN and Inf must sit where exact's do."""
     assert ours.shape == exact.shape and ours.dtype == eager.dtype, (
         ours.shape,
         exact.shape,

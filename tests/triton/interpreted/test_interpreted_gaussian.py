@@ -1,4 +1,4 @@
-"""The Gaussian step: values and gradients against the reference in fp64, over options, priors, layouts and sizes."""
+"""Gaussian step: values and gradients against the fp64 reference, over options, priors, layouts and sizes."""
 
 import itertools
 import math
@@ -27,9 +27,9 @@ def doubled(args):
     return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
 
 
-def check_step(mu, rho, prior=(None, None), *, seed=SEED, eps=None, packed_dim=0, param=0, clamp=(-INF, INF), reduction=3,
-               batch_ndim=1, temperature=1.0, gz=None):  # fmt: skip
-    """Both launchers against the reference, and their outputs' shapes, dtypes and strides against the fakes."""
+def check_step(mu, rho, prior=(None, None), *, seed=SEED, eps=None, packed_dim=0, param=0, clamp=(-INF, INF),
+               reduction=3, batch_ndim=1, temperature=1.0, gz=None):  # fmt: skip
+    """Both launchers against the reference; shapes, dtypes and strides of their outputs against the fakes."""
     args = (mu, rho, *prior, seed, eps, packed_dim, param, *clamp, reduction, batch_ndim, temperature)
     ours, eager, exact = (
         gaussian.gaussian_fwd(*args),

@@ -20,7 +20,8 @@ def power_of_two(k):
 def exp_parts(h):
     """exp(h), expm1(h) and expm1(h) - h of fp32, from one reduction h = j log 2 + f and one polynomial.
 
-    exp has the bits of the CPU kernels. The last result is summed without cancellation near 0, where it is h^2 / 2.
+    exp has the bits of the CPU kernels. The last result is summed without cancellation near 0, where it is
+    h^2 / 2.
     """
     top = tl.where(h > 89.0, 89.0, h)  # exp overflows there; the comparison keeps NaN
     low = tl.where(top < -104.0, -104.0, top)  # and rounds to 0 there

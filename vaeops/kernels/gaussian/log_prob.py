@@ -21,8 +21,8 @@ def forward_kernel(
     rows: tl.int64, cols: tl.int64, per_stream: tl.int64,
     chunks: tl.int32, tiles: tl.int32, group_tiles: tl.int32,
     scale: tl.float64,
-    PARAM: tl.constexpr, AXIS: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr, ONE_STREAM: tl.constexpr,
-    QUADS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    PARAM: tl.constexpr, AXIS: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr,
+    ONE_STREAM: tl.constexpr, QUADS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     cols = aligned(cols, ALIGNED)
     F: tl.constexpr = tl.float64 if mu.dtype.element_ty == tl.float64 else tl.float32
@@ -61,8 +61,8 @@ def backward_kernel(
     rows: tl.int64, cols: tl.int64, per_stream: tl.int64,
     chunks: tl.int32, tiles: tl.int32, group_tiles: tl.int32,
     scale: tl.float64,
-    PARAM: tl.constexpr, AXIS: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr, ONE_STREAM: tl.constexpr,
-    QUADS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    PARAM: tl.constexpr, AXIS: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr,
+    ONE_STREAM: tl.constexpr, QUADS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     cols = aligned(cols, ALIGNED)
     F: tl.constexpr = tl.float64 if mu.dtype.element_ty == tl.float64 else tl.float32
@@ -109,7 +109,8 @@ def log_prob_bwd(grad, x, mu, rho, param, reduction, batch_ndim):
     with layout.guard(x):
         launch = layout.plan(x, dict(zip(names, strides)), names, layout.NO_SUMS, None, block)
         backward_kernel[launch.grid](
-            grad, x, mu, rho, *grads, *launch.strides, *launch.sizes, ref.scale(x.shape, batch_ndim, reduction),
-            param, *launch.constants, num_warps=warps, enable_fp_fusion=False,
+            grad, x, mu, rho, *grads, *launch.strides, *launch.sizes,
+            ref.scale(x.shape, batch_ndim, reduction), param, *launch.constants,
+            num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return grads

@@ -1,4 +1,7 @@
-"""The Gaussian step in Triton: sample and KL in one launch, their gradients in one. Specification: vaeops/ref/gaussian.py."""
+"""The Gaussian step in Triton: sample and KL in one launch, their gradients in one.
+
+Specification: vaeops/ref/gaussian.py.
+"""
 
 import math
 
@@ -178,8 +181,8 @@ def backward_kernel(
                 release(ticket, group)
 
 
-def gaussian_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi, reduction, batch_ndim,
-                 temperature):  # fmt: skip
+def gaussian_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi,
+                 reduction, batch_ndim, temperature):  # fmt: skip
     """(z, kl) of `vaeops::gaussian_fwd`: one launch."""
     mu, rho = _halves(q, rho, packed_dim)
     seed = None if eps is not None else seed
@@ -205,8 +208,8 @@ def gaussian_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clam
     return z, kl
 
 
-def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi, reduction,
-                 batch_ndim, temperature):  # fmt: skip
+def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo,
+                 clamp_hi, reduction, batch_ndim, temperature):  # fmt: skip
     """Gradients of (q, rho, prior_mu, prior_rho), no elements for an absent one: one launch.
 
     A prior that is broadcast along dims on both sides of one that it has adds a sum over partial results.
@@ -245,7 +248,7 @@ def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, pa
             ref.scale(mu.shape, batch_ndim, reduction), clamp_lo, clamp_hi, temperature,
             param, _clamps(clamp_lo, clamp_hi), *launch.constants, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
-    if prior_mu is not None:
+    if out_mu is not None and out_rho is not None:
         g_prior = [_to_prior(out_mu, prior_mu), _to_prior(out_rho, prior_rho)]
     elif gkl is not None:
         g_prior = [q.new_empty(0), q.new_empty(0)]
@@ -289,7 +292,7 @@ def _clamps(lo: float, hi: float) -> bool:
 
 
 def _prior_sums(prior: Tensor, sums: layout.Sums, dtype: torch.dtype) -> Tensor:
-    """Where the kernel writes the prior's gradient: the gradient itself, or sums that are not yet complete."""
+    """Where the kernel writes the prior's gradient: the gradient itself, or sums that are not complete."""
     if sums.shape == ():
         return torch.empty_like(prior, memory_format=torch.contiguous_format)
     return prior.new_empty(sums.shape, dtype=dtype)
