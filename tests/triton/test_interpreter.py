@@ -1,4 +1,4 @@
-"""Runs interpreted/ in a process of its own: when imported, Triton decides whether it compiles."""
+"""Runs interpreted/ in a process of its own: Triton decides on import whether it compiles or interprets."""
 
 import importlib.util
 import os

@@ -3,13 +3,12 @@
 Nothing here depends on a tensor's value, and nothing synchronises.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from ._tile import ALL, COLUMNS, NONE, ROWS
 
 # Kernel arguments that change from batch to batch: Triton must not compile anew for their values.
 FIXED = (
@@ -55,7 +54,7 @@ def reduced_strides(t: Tensor, shape: torch.Size, reduction: int, batch_ndim: in
 
 
 def _merge(shape: Strides, strides: list[Strides]) -> list[tuple[int, list[int]]]:
-    """(size, stride of every operand) per dim, neighbours joined where all operands allow, size 1 dropped."""
+    """(size, stride of every operand) per dim; dims joined where every operand allows, size 1 dropped."""
     dims: list[tuple[int, list[int]]] = []
     for d, size in enumerate(shape):
         if size == 1:
@@ -75,13 +74,12 @@ class View(NamedTuple):
     cols: int
     R: int
     C: int
-    # Of the merged dims but the outermost; None: an offset is row * stride + col * stride.
-    sizes: Strides | None
+    sizes: Strides | None  # of the merged dims but the first; None: offsets are row * stride + col * stride
     strides: list[tuple[int | None, ...]]  # per operand
 
 
 def view(shape: torch.Size, strides: list[Strides], split: int | None, streams: int, block: int) -> View:
-    """`split`: the dim at which a row begins, None: anywhere. `streams`: noise streams, a prefix of shape."""
+    """`split`: the dim at which a row begins, None where any rows will do. `streams`: of noise."""
     n = shape.numel()
     dims = _merge(shape, strides)
     if split is not None:
@@ -104,28 +102,30 @@ def view(shape: torch.Size, strides: list[Strides], split: int | None, streams: 
         # A dim of one element needs no stride, but a tile may be larger than it and its offsets need a shape.
         row_strides = row_dims[0][1] if row_dims else [0 if flat else cols] * len(strides)
         col_strides = col_dims[0][1] if col_dims else [1] * len(strides)
-        return View(
-            rows, cols, R, C, None, [(r or None, c or None) for r, c in zip(row_strides, col_strides)]
-        )
+        return View(rows, cols, R, C, None, [_present(pair) for pair in zip(row_strides, col_strides)])
     sizes = tuple(size for size, _ in dims[1:])
-    return View(rows, cols, R, C, sizes, [tuple(s[k] or None for _, s in dims) for k in range(len(strides))])
+    return View(rows, cols, R, C, sizes, [_present(one) for one in zip(*(s for _, s in dims))])
+
+
+def _present(strides: Strides) -> tuple[int | None, ...]:
+    return tuple(s or None for s in strides)
 
 
 class Sums(NamedTuple):
     """What a kernel sums: its AXIS, where a row begins, whether each row has a sum of its own."""
 
-    axis: int
+    axis: str
     split: int | None = None  # None: wherever
     per_row: bool = False
     shape: Strides = ()  # of the sums where they are not yet the result, else ()
 
 
-NO_SUMS = Sums(NONE.value)
+NO_SUMS = Sums("none")
 
 
 def _row_sums(shape: Strides, split: int, block: int, sums: Strides = ()) -> Sums:
     cols = math.prod(shape[split:])
-    return Sums(ROWS.value if cols <= block else ALL.value, split, True, sums)
+    return Sums("rows" if cols <= block else "all", split, True, sums)
 
 
 def reduction_sums(shape: torch.Size, reduction: int, batch_ndim: int, block: int) -> Sums:
@@ -133,63 +133,65 @@ def reduction_sums(shape: torch.Size, reduction: int, batch_ndim: int, block: in
     if reduction < 1:
         return NO_SUMS
     if reduction == 1:
-        return Sums(COLUMNS.value, batch_ndim)
+        return Sums("columns", batch_ndim)
     if reduction == 2:
         return _row_sums(shape, batch_ndim, block)
-    return Sums(ALL.value)
+    return Sums("all")
 
 
 def broadcast_sums(small: torch.Size, shape: torch.Size, block: int) -> Sums:
-    """The sums that take every element's gradient to a tensor of shape `small` that broadcasts to `shape`."""
+    """The sums that take gradients of all elements to a tensor of shape `small`, broadcast to `shape`."""
     padded = (1,) * (len(shape) - len(small)) + tuple(small)
     dims = [d for d, n in enumerate(shape) if n > 1]
     kept = [padded[d] > 1 for d in dims]
     if all(kept):
         return NO_SUMS
     if not any(kept):
-        return Sums(ALL.value)
+        return Sums("all")
     if not kept[-1]:
         last = len(kept) - kept[::-1].index(True)  # dims before it are summed afterwards, where at all
         split = dims[last]
-        complete = all(kept[:last])
-        return _row_sums(
-            shape, split, block, () if complete else (*shape[:split], *[1] * (len(shape) - split))
-        )
+        incomplete = (*shape[:split], *[1] * (len(shape) - split))
+        return _row_sums(shape, split, block, () if all(kept[:last]) else incomplete)
     first = kept.index(True)
     if all(kept[first:]):
-        return Sums(COLUMNS.value, dims[first])
-    return Sums(NONE.value, shape=tuple(shape))
+        return Sums("columns", dims[first])
+    return Sums("none", shape=tuple(shape))
 
 
 class Launch(NamedTuple):
     """Launch arguments that follow from shapes, strides and sums, in the kernels' order."""
 
     grid: tuple[int]
-    seed: Tensor | None
     strides: tuple[tuple[int | None, ...] | None, ...]  # of the operands, then the sizes of the view
     sizes: tuple[int, ...]  # rows, cols, per_stream, chunks, tiles, group_tiles
-    constants: tuple[int, ...]  # AXIS, WIDE, ALIGNED, ONE_STREAM, QUADS, R, C
+    constants: tuple[str | int, ...]  # AXIS, WIDE, ALIGNED, ONE_STREAM, QUADS, R, C
     groups: int
     partials: int  # elements
 
     def workspace(self, sums: int, dtype: torch.dtype, like: Tensor) -> list[Tensor | None]:
         """Room for each sum's partial results, then the tickets; None where nothing is summed over tiles."""
-        if self.constants[0] < ALL.value:
+        if self.constants[0] not in ("all", "columns"):
             return [None] * (sums + 1)
         rooms: list[Tensor | None] = [like.new_empty(self.partials, dtype=dtype) for _ in range(sums)]
         return [*rooms, tickets(like, self.groups)]
 
 
-def plan(like: Tensor, operands: dict[str, Strides], names: tuple[str, ...], sums: Sums,
-         seed: Tensor | None, block: int) -> Launch:  # fmt: skip
-    """`operands`: strides by name, in like's shape; `names`: all that the kernel knows, in its order."""
-    streams = 1 if seed is None else seed.numel() // 2
-    v = view(like.shape, list(operands.values()), sums.split, streams, block)
+@functools.lru_cache(maxsize=1024)
+def plan(
+    shape: torch.Size, operands: tuple[Strides | None, ...], sums: Sums, streams: int, block: int
+) -> Launch:
+    """`operands`: strides in `shape` of all that the kernel knows, in its order; None for an absent one.
+
+    A model calls with few shapes, and finding out takes longer than a launch: hence the cache.
+    """
+    present = [strides for strides in operands if strides is not None]
+    v = view(shape, present, sums.split, streams, block)
     length = v.rows * v.cols // streams
     row_blocks, col_blocks = -(-v.rows // v.R), -(-v.cols // v.C)
-    if sums.axis == COLUMNS.value:
+    if sums.axis == "columns":
         groups, group_tiles, most = col_blocks, row_blocks, max(1, COLUMN_PROGRAMS // col_blocks)
-    elif sums.axis < ALL.value:
+    elif sums.axis != "all":
         groups, group_tiles, most = row_blocks * col_blocks, 1, 1
     elif sums.per_row:
         groups, group_tiles, most = v.rows, col_blocks, MAX_ROW_CHUNKS
@@ -198,15 +200,14 @@ def plan(like: Tensor, operands: dict[str, Strides], names: tuple[str, ...], sum
     tiles = -(-group_tiles // most)
     chunks = -(-group_tiles // tiles)
     quads = length % v.cols == 0 and (v.cols % 4 == 0 or v.cols == length)
-    by_name = dict(zip(operands, v.strides))
+    found = iter(v.strides)
     return Launch(
         grid=(groups * chunks,),
-        seed=None if seed is None else seed.contiguous(),
-        strides=(*(by_name.get(name) for name in names), v.sizes),
+        strides=(*(None if strides is None else next(found) for strides in operands), v.sizes),
         sizes=(v.rows, v.cols, length // v.cols if quads else length, chunks, tiles, group_tiles),
         constants=(sums.axis, v.rows * v.cols >= 1 << 31, v.cols % 16 == 0, streams == 1, quads, v.R, v.C),
         groups=groups,
-        partials=chunks * (v.cols if sums.axis == COLUMNS.value else groups),
+        partials=chunks * (v.cols if sums.axis == "columns" else groups),
     )
 
 
@@ -214,9 +215,10 @@ _tickets: dict[tuple, Tensor] = {}
 
 
 def tickets(t: Tensor, groups: int) -> Tensor:
-    """int32 zeros [>= groups] on t's device. Kernels leave zeros behind, so one stream's launches share them.
+    """int32 zeros [>= groups] on t's device.
 
-    A captured CUDA graph gets its own: its replays may run next to anything.
+    A kernel leaves zeros behind, so the launches of one stream share them. A captured CUDA graph gets its
+    own: its replays may run next to anything.
     """
     if t.is_cuda:
         if torch.cuda.is_current_stream_capturing():

@@ -1,34 +1,27 @@
-"""What kernels share on the device: tiles of a [rows, cols] view, reads through it, deterministic sums.
+"""What the kernels share on the device: tiles of a [rows, cols] view, operands, deterministic sums.
 
-A program walks the tiles [R, C] of one chunk of one group. What a group is depends on the sum (AXIS):
-    NONE, ROWS  a tile; ROWS: it holds whole rows, each summed by itself
-    ALL         consecutive tiles whose elements make one sum: the whole view, or one long row
-    COLUMNS     the tiles below one another: one sum per column
+A program walks the tiles [R, C] of one chunk of one group. A group depends on what the kernel sums (AXIS):
+    "none", "rows"  a tile; "rows": it holds whole rows, each summed by itself
+    "all"           consecutive tiles whose elements make one sum: the whole view, or one long row
+    "columns"       the tiles below one another: one sum per column
 A group of several chunks leaves fp32 (fp64 for fp64) partial sums; the program that arrives last adds them in
 the order of their index, so the result does not depend on which one that is.
 
-An operand's strides are (row, col), or one per merged dim when the view carries `sizes`. None: broadcast
-along that dim.
+An operand's strides are (row, col), or one per merged dim when the view has `sizes`. None: broadcast there.
 """
 
 import triton
 import triton.language as tl
 
-NONE = tl.constexpr(0)
-ROWS = tl.constexpr(1)
-ALL = tl.constexpr(2)
-COLUMNS = tl.constexpr(3)
-
 
 @triton.jit
 def tile_at(group, inner, rows, cols, group_tiles, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """Tile `inner` of a group: (row [R, 1], col [1, C], inside rows, inside cols, cols) and its first column.
+    """Tile `inner` of a group: (row [R, 1], col [1, C], row inside, col inside, cols), and its first column.
 
-    All int64. Tiles are counted in 32 bits (2^31 of them are more elements than any memory holds); 64-bit
-    division is slow.
+    Tiles are counted in 32 bits, since 64-bit division is slow: 2^31 of them are more than any memory holds.
     """
     col_blocks = ((cols + C - 1) // C).to(tl.int32)
-    if AXIS == COLUMNS:
+    if AXIS == "columns":
         row_block, col_block = inner, group
     else:
         tile = group * group_tiles + inner
@@ -41,7 +34,10 @@ def tile_at(group, inner, rows, cols, group_tiles, AXIS: tl.constexpr, R: tl.con
 
 @triton.jit
 def offset(tile, sizes, strides, WIDE: tl.constexpr):
-    """Offset [R, C] of a tile's logical elements: the index split along the merged dims, outer first."""
+    """Offset [R, C] of a tile's logical elements: their index taken apart along the merged dims.
+
+    WIDE: the index needs 64 bits.
+    """
     row, col, _, _, cols = tile
     rest = row * cols + col
     if not WIDE:
@@ -89,11 +85,11 @@ def store(pointer, value, tile, sizes, strides, WIDE: tl.constexpr):
 @triton.jit
 def store_sum(total, out, partial, group, chunk, chunks, cols, scale,
               AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """total [R, C] of this chunk: scaled into `out` if it is the group's only one, else put into `partial`.
+    """The sum of total [R, C]: scaled into `out` if the chunk is its group's only one, else into `partial`.
 
-    out [groups] (AXIS ALL) or [cols]; partial [groups, chunks] or [chunks, cols].
+    out [groups] (AXIS "all") or [cols]; partial [groups, chunks] or [chunks, cols].
     """
-    if AXIS == ALL:
+    if AXIS == "all":
         value = tl.sum(tl.reshape(total, [R * C]), axis=0)
         if chunks == 1:
             tl.store(out + group, value * scale)
@@ -111,8 +107,7 @@ def store_sum(total, out, partial, group, chunk, chunks, cols, scale,
 @triton.jit
 def arrive(ticket, group, chunks):
     """True in the program that comes last of its group; the stores of the others are visible to it."""
-    # Every thread's partial sums are out before the one that takes the ticket publishes them.
-    tl.debug_barrier()
+    tl.debug_barrier()  # every thread's sums are out before the one that takes the ticket publishes them
     last = tl.atomic_add(ticket + group, 1, sem="acq_rel") == chunks - 1
     tl.debug_barrier()
     return last
@@ -121,7 +116,7 @@ def arrive(ticket, group, chunks):
 @triton.jit
 def collect(out, partial, group, chunks, cols, scale, AXIS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """The sum of a group's partial sums, in the order of their index, scaled into `out`."""
-    if AXIS == ALL:
+    if AXIS == "all":
         lane = tl.arange(0, R * C)
         total = tl.zeros([R * C], partial.dtype.element_ty)
         for first in range(0, chunks, R * C):
@@ -148,7 +143,7 @@ def release(ticket, group):
 
 @triton.jit
 def aligned(cols, ALIGNED: tl.constexpr):
-    """cols, in a form that shows the compiler where it is a multiple of 16: it then loads 16 bytes at a time.
+    """cols, in a form that shows the compiler that it is a multiple of 16: it then loads 16 bytes at a time.
 
     It takes no notice of tl.multiple_of on a kernel argument.
     """

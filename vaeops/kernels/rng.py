@@ -1,8 +1,7 @@
-"""The noise stream in Triton: Philox4x32-10 and a Box-Muller of exactly rounded operations.
+"""The noise stream in Triton: Philox4x32-10 and a portable Box-Muller. Specification: vaeops/ref/rng.py.
 
-Specification: vaeops/ref/rng.py. Bits match the other implementations because fp32 add, multiply, fma and
-sqrt_rn are rounded alike everywhere. That needs `enable_fp_fusion=False` at launch: a multiply and an add
-must not become one fma behind our back.
+Bits match the other implementations because fp32 add, multiply, fma and sqrt_rn are rounded alike everywhere.
+That needs `enable_fp_fusion=False` at launch: a multiply and an add must not become one fma behind our back.
 """
 
 import torch
@@ -11,9 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _layout as layout
-from ._tile import NONE, aligned, tile_at
-
-FOLD_TAG = tl.constexpr(-(1 << 63))  # top bit of the fourth counter word: see vaeops/ref/rng.py
+from ._tile import aligned, tile_at
 
 
 @triton.jit
@@ -32,7 +29,7 @@ def philox(key, low, high):
 
 @triton.jit
 def log_normal_range(u):
-    """Natural logarithm of positive normal fp32, 0.94 ulp: 2^k m, m in [2/3, 4/3), a polynomial in m - 1."""
+    """Natural logarithm of normal u > 0, 0.94 ulp: u = 2^k m with m in [2/3, 4/3), a polynomial in m - 1."""
     bits = u.to(tl.uint32, bitcast=True)
     exponent = (bits - 0x3F2AAAAB) & 0xFF800000
     f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
@@ -50,9 +47,9 @@ def log_normal_range(u):
 
 @triton.jit
 def sincos(word):
-    """Sine and cosine of 2 pi word / 2^32. The angle is cut to 1/8 of a turn in integers, without loss."""
-    # Quarter turns in [-1/2, 1/2).
-    r = (word << 2).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
+    """Sine and cosine of 2 pi word / 2^32. The angle is cut to an eighth of a turn in integers, exactly."""
+    signed = (word << 2).to(tl.int32, bitcast=True)
+    r = signed.to(tl.float32) * 2.3283064365386963e-10  # quarter turns in [-1/2, 1/2)
     quadrant = (word + 0x20000000) >> 30
     t = r * r
     s = tl.fma(t, 0.00015820675, -0.0046812664)
@@ -82,9 +79,9 @@ def normal_tile(seed, tile, first_col, per_stream, ONE_STREAM: tl.constexpr, QUA
                 R: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """Normals [R, C] of a tile (see tile_at).
 
-    QUADS: every row of the tile begins a Philox block and lies in one stream, so all four lanes of a block
-    are used; `per_stream` is in rows. Otherwise each element makes its own block and takes its lane;
-    `per_stream` is in elements.
+    QUADS: every row of the tile begins a Philox block and lies in one stream, so a block makes four of them;
+    `per_stream` is in rows. Otherwise each element makes its own block and takes its lane; `per_stream` is in
+    elements.
     """
     row, col, row_ok, col_ok, cols = tile
     if QUADS:
@@ -97,10 +94,8 @@ def normal_tile(seed, tile, first_col, per_stream, ONE_STREAM: tl.constexpr, QUA
         stream = place // per_stream
         place -= stream * per_stream
         key, offset = tl.load(seed + 2 * stream, mask=ok), tl.load(seed + 2 * stream + 1, mask=ok)
-    if QUADS:
-        quad = place * (cols // 4) + (first_col // 4 + tl.arange(0, C // 4)[None, :])
-    else:
-        quad = place // 4
+    across = first_col // 4 + tl.arange(0, C // 4)[None, :]
+    quad = place * (cols // 4) + across if QUADS else place // 4
     counter = offset + quad  # wraps modulo 2^64
     w0, w1, w2, w3 = philox(key, counter, counter * 0)
     if QUADS:
@@ -121,7 +116,7 @@ def normal_kernel(
     ALIGNED: tl.constexpr, ONE_STREAM: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     cols = aligned(cols, ALIGNED)
-    tile, first_col = tile_at(tl.program_id(0), 0, rows, cols, 1, NONE, R, C)
+    tile, first_col = tile_at(tl.program_id(0), 0, rows, cols, 1, "none", R, C)
     row, col, row_ok, col_ok, _ = tile
     value = normal_tile(seed, tile, first_col, 1, ONE_STREAM, True, R, C)
     tl.store(out + row * cols + col, value, mask=row_ok & col_ok)
@@ -140,7 +135,7 @@ def fold_in_kernel(
     s = i * 0 if ONE_SEED else i
     key, offset = tl.load(seed + 2 * s, mask=ok), tl.load(seed + 2 * s + 1, mask=ok)
     which = tl.load(index + (i * 0 if ONE_INDEX else i), mask=ok)
-    w0, w1, w2, w3 = philox(key, offset, which | FOLD_TAG)
+    w0, w1, w2, w3 = philox(key, offset, which | -(1 << 63))  # the top bit, which the noise stream leaves 0
     tl.store(child + 2 * i, w0.to(tl.int64) | (w1.to(tl.int64) << 32), mask=ok)
     tl.store(child + 2 * i + 1, w2.to(tl.int64) | (w3.to(tl.int64) << 32), mask=ok)
 
@@ -153,9 +148,8 @@ def normal(seed: Tensor, size: list[int]) -> Tensor:
     block, warps = layout.settings(out.dtype)
     streams = seed.numel() // 2
     with layout.guard(out):
-        v = layout.view(
-            torch.Size((streams, out.numel() // streams)), [], 1 if streams > 1 else None, 1, block
-        )
+        shape = torch.Size((streams, out.numel() // streams))
+        v = layout.view(shape, [], 1 if streams > 1 else None, 1, block)
         grid = (-(-v.rows // v.R) * -(-v.cols // v.C),)
         normal_kernel[grid](
             seed.contiguous(), out, v.rows, v.cols, v.cols % 16 == 0, streams == 1, v.R, v.C,

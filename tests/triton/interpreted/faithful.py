@@ -1,8 +1,8 @@
 """Corrections of Triton's interpreter, so that it computes what a GPU does.
 
-It multiplies and adds apart where a GPU has one fma that rounds once: 5 % of the normals would differ. It
-adds down a column one by one where a GPU adds in a tree. And it rounds a float argument to fp32, whatever its
-type.
+It multiplies and adds apart where a GPU has one fma that rounds once: 5 % of the normals would differ.
+It adds down a column one by one where a GPU adds in a tree.
+It rounds a float argument to fp32, whatever its type.
 """
 
 import numpy as np

@@ -1,8 +1,8 @@
 """The density: values and gradients against the reference in fp64."""
 
-import budget
 import pytest
 import torch
+from budget import assert_within_budget
 
 import vaeops
 from vaeops.kernels import gaussian
@@ -19,17 +19,24 @@ def inputs(*shape, dtype=torch.float32, param=0):
 def check_density(*tensors, param=0, reduction=2, batch_ndim=1):
     options = (param, reduction, batch_ndim)
     exact = [t.double() for t in tensors]
-    ours = gaussian.log_prob_fwd(*tensors, *options)
-    fake = _fake_log_prob_fwd(*tensors, *options)
-    assert (ours.shape, ours.dtype, ours.stride()) == (fake.shape, fake.dtype, fake.stride())
-    budget.check(ours, ref.log_prob_fwd(*tensors, *options), ref.log_prob_fwd(*exact, *options), 2)
+    ours, want = gaussian.log_prob_fwd(*tensors, *options), ref.log_prob_fwd(*exact, *options)
+    fakes = [_fake_log_prob_fwd(*tensors, *options)]
+    check_outputs([ours], [ref.log_prob_fwd(*tensors, *options)], [want], fakes, 2)
     grad = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2), dtype=ours.dtype)
-    grads = gaussian.log_prob_bwd(grad, *tensors, *options)
-    for real, like in zip(grads, _fake_log_prob_bwd(grad, *tensors, *options)):
-        assert (real.shape, real.dtype, real.stride()) == (like.shape, like.dtype, like.stride())
-    eager = ref.log_prob_bwd(grad, *tensors, *options)
-    for g, e, x in zip(grads, eager, ref.log_prob_bwd(grad.double(), *exact, *options)):
-        budget.check(g, e, x, 3)
+    ours, want = (
+        gaussian.log_prob_bwd(grad, *tensors, *options),
+        ref.log_prob_bwd(grad.double(), *exact, *options),
+    )
+    fakes = _fake_log_prob_bwd(grad, *tensors, *options)
+    check_outputs(ours, ref.log_prob_bwd(grad, *tensors, *options), want, fakes, 3)
+
+
+def check_outputs(ours, eager, exact, fakes, factor):
+    for name, o, e, x, fake in zip(("x", "mu", "rho"), ours, eager, exact, fakes):
+        assert (o.shape, o.dtype, o.stride()) == (fake.shape, fake.dtype, fake.stride())
+        # The interpreter truncates to bf16 where a GPU rounds. In fp64 the reference is not exact either.
+        more = {torch.bfloat16: 1, torch.float64: 16}.get(o.dtype, 0)
+        assert_within_budget(o, x, e, name, factor=factor + more)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)

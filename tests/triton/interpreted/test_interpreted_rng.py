@@ -53,7 +53,7 @@ def test_fold_in_broadcasts():
 
 
 def test_derived_seeds_leave_the_noise_stream():
-    """A child is a block whose counter the stream cannot reach, so it is none of the parent's noise words."""
+    """A child is a block whose counter the stream cannot reach, so it differs from the parent's own."""
     child = rng.fold_in(torch.tensor([9, 0]), torch.tensor(0))
     words = ref.philox(torch.tensor(9), (torch.tensor(0),) * 4)
     assert not torch.equal(child, torch.stack((words[0] | words[1] << 32, words[2] | words[3] << 32)))

@@ -5,10 +5,6 @@ import triton.language as tl
 
 from ..rng import log_normal_range
 
-LOGVAR = tl.constexpr(0)
-LOGSTD = tl.constexpr(1)
-STD = tl.constexpr(2)
-
 
 @triton.jit
 def power_of_two(k):
@@ -20,8 +16,7 @@ def power_of_two(k):
 def exp_parts(h):
     """exp(h), expm1(h) and expm1(h) - h of fp32, from one reduction h = j log 2 + f and one polynomial.
 
-    exp has the bits of the CPU kernels. The last result is summed without cancellation near 0, where it is
-    h^2 / 2.
+    exp has the bits of the CPU kernels. The last result does not cancel near 0, where it is h^2 / 2.
     """
     top = tl.where(h > 89.0, 89.0, h)  # exp overflows there; the comparison keeps NaN
     low = tl.where(top < -104.0, -104.0, top)  # and rounds to 0 there
@@ -85,9 +80,9 @@ def log(x):
 
 @triton.jit
 def log_variance(rho, PARAM: tl.constexpr):
-    if PARAM == LOGVAR:
+    if PARAM == "logvar":
         result = rho
-    elif PARAM == LOGSTD:
+    elif PARAM == "logstd":
         result = rho * 2.0
     else:
         result = log(rho) * 2.0
@@ -97,9 +92,9 @@ def log_variance(rho, PARAM: tl.constexpr):
 @triton.jit
 def deviation(rho, PARAM: tl.constexpr):
     """sigma."""
-    if PARAM == LOGVAR:
+    if PARAM == "logvar":
         result = exp(rho * 0.5)
-    elif PARAM == LOGSTD:
+    elif PARAM == "logstd":
         result = exp(rho)
     else:
         result = rho
@@ -108,20 +103,16 @@ def deviation(rho, PARAM: tl.constexpr):
 
 @triton.jit
 def reciprocal(x):
-    if x.dtype == tl.float64:
-        result = 1.0 / x
-    else:
-        result = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
-    return result
+    return 1.0 / x if x.dtype == tl.float64 else tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
 
 
 @triton.jit
 def inverse_deviation(rho, PARAM: tl.constexpr):
     """1 / sigma, kept finite for fp32 log-deviations below -88."""
-    if PARAM == STD:
+    if PARAM == "std":
         result = reciprocal(rho)
     else:
-        h = -rho if PARAM == LOGSTD else rho * -0.5
+        h = -rho if PARAM == "logstd" else rho * -0.5
         if h.dtype != tl.float64:
             h = tl.where(h > 88.0, 88.0, h)
         result = exp(h)
@@ -131,9 +122,9 @@ def inverse_deviation(rho, PARAM: tl.constexpr):
 @triton.jit
 def chain(rho, x, PARAM: tl.constexpr):
     """A gradient x of log sigma^2, doubled, as one of rho: x * (d log sigma^2 / d rho) / 2."""
-    if PARAM == LOGVAR:
+    if PARAM == "logvar":
         result = x * 0.5
-    elif PARAM == LOGSTD:
+    elif PARAM == "logstd":
         result = x
     else:
         result = x * reciprocal(rho)

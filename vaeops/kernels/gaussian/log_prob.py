@@ -6,10 +6,8 @@ import triton.language as tl
 
 from ...ref import gaussian as ref
 from .. import _layout as layout
-from .._tile import ALL, NONE, ROWS, aligned, arrive, collect, load, release, store, store_sum, tile_at
+from .._tile import aligned, arrive, collect, load, release, store, store_sum, tile_at
 from ._math import chain, inverse_deviation, log_variance
-
-LOG_TWO_PI = tl.constexpr(1.8378770664093453)
 
 
 @triton.jit(do_not_specialize=layout.FIXED)
@@ -37,16 +35,17 @@ def forward_kernel(
         m = load(mu, tile, sizes, mu_at, WIDE).to(F)
         r = load(rho, tile, sizes, rho_at, WIDE).to(F)
         t = (v - m) * inverse_deviation(r, PARAM)
-        element = tl.where(inside, -0.5 * (tl.fma(t, t, log_variance(r, PARAM)) + LOG_TWO_PI), 0.0)
-        if AXIS == NONE:
+        twice = tl.fma(t, t, log_variance(r, PARAM)) + 1.8378770664093453  # + log 2 pi
+        element = tl.where(inside, -0.5 * twice, 0.0)
+        if AXIS == "none":
             tl.store(out + row * cols + col, element, mask=inside)
-        elif AXIS == ROWS:
+        elif AXIS == "rows":
             tl.store(out + row, tl.sum(element, axis=1, keep_dims=True) * scale, mask=row_ok)
         else:
             total += element
-    if AXIS >= ALL:
+    if AXIS == "all" or AXIS == "columns":
         store_sum(total, out, partial, group, chunk, chunks, cols, scale, AXIS, R, C)
-        if chunks > 1:
+        if chunks > 1:  # noqa: SIM102 (`and` would call both)
             if arrive(ticket, group, chunks):
                 collect(out, partial, group, chunks, cols, scale, AXIS, R, C)
                 release(ticket, group)
@@ -85,13 +84,13 @@ def log_prob_fwd(x, mu, rho, param, reduction, batch_ndim):
     if x.numel() == 0:
         return out.zero_()
     block, warps = layout.settings(x.dtype)
-    operands = {"x_at": x.stride(), "mu_at": mu.stride(), "rho_at": rho.stride()}
+    operands = (x.stride(), mu.stride(), rho.stride())
     sums = layout.reduction_sums(x.shape, reduction, batch_ndim, block)
+    launch = layout.plan(x.shape, operands, sums, 1, block)
     with layout.guard(x):
-        launch = layout.plan(x, operands, ("x_at", "mu_at", "rho_at"), sums, None, block)
         forward_kernel[launch.grid](
             x, mu, rho, out, *launch.workspace(1, out.dtype, x), *launch.strides, *launch.sizes,
-            ref.scale(x.shape, batch_ndim, reduction), param, *launch.constants,
+            ref.scale(x.shape, batch_ndim, reduction), ref.PARAMS[param], *launch.constants,
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return out
@@ -103,14 +102,15 @@ def log_prob_bwd(grad, x, mu, rho, param, reduction, batch_ndim):
     if x.numel() == 0:
         return grads
     block, warps = layout.settings(x.dtype)
-    names = ("grad_at", "x_at", "mu_at", "rho_at", "gx_at", "gmu_at", "grho_at")
-    strides = [layout.reduced_strides(grad, x.shape, reduction, batch_ndim)]
-    strides += [t.stride() for t in (x, mu, rho, *grads)]
+    operands = (
+        layout.reduced_strides(grad, x.shape, reduction, batch_ndim),
+        *(t.stride() for t in (x, mu, rho, *grads)),
+    )
+    launch = layout.plan(x.shape, operands, layout.NO_SUMS, 1, block)
     with layout.guard(x):
-        launch = layout.plan(x, dict(zip(names, strides)), names, layout.NO_SUMS, None, block)
         backward_kernel[launch.grid](
             grad, x, mu, rho, *grads, *launch.strides, *launch.sizes,
-            ref.scale(x.shape, batch_ndim, reduction), param, *launch.constants,
+            ref.scale(x.shape, batch_ndim, reduction), ref.PARAMS[param], *launch.constants,
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return grads

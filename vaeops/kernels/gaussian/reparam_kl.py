@@ -1,6 +1,6 @@
 """The Gaussian step in Triton: sample and KL in one launch, their gradients in one.
 
-Specification: vaeops/ref/gaussian.py.
+Specification: vaeops/ref/gaussian.py. T is mu's dtype; F is the one to compute in: fp64 for fp64, else fp32.
 """
 
 import math
@@ -12,21 +12,9 @@ from torch import Tensor
 
 from ...ref import gaussian as ref
 from .. import _layout as layout
-from .._tile import (
-    ALL,
-    NONE,
-    ROWS,
-    aligned,
-    arrive,
-    collect,
-    load,
-    release,
-    store,
-    store_sum,
-    tile_at,
-)
+from .._tile import aligned, arrive, collect, load, release, store, store_sum, tile_at
 from ..rng import normal_tile
-from ._math import STD, chain, deviation, expm1_and_gap, inverse_deviation, log_variance
+from ._math import chain, deviation, expm1_and_gap, inverse_deviation, log_variance
 
 
 @triton.jit
@@ -82,16 +70,16 @@ def forward_kernel(
                 t = m
             _, gap = expm1_and_gap(lv)
             element = tl.where(inside, 0.5 * tl.fma(t, t, gap), 0.0)
-            if AXIS == NONE:
+            if AXIS == "none":
                 tl.store(kl + row * cols + col, element, mask=inside)
-            elif AXIS == ROWS:
+            elif AXIS == "rows":
                 value = tl.sum(element, axis=1, keep_dims=True)
                 tl.store(kl + row, value * scale, mask=row_ok)
             else:
                 total += element
-    if kl is not None and AXIS >= ALL:
+    if kl is not None and (AXIS == "all" or AXIS == "columns"):
         store_sum(total, kl, partial, group, chunk, chunks, cols, scale, AXIS, R, C)
-        if chunks > 1:
+        if chunks > 1:  # noqa: SIM102 (`and` would call both)
             if arrive(ticket, group, chunks):
                 collect(kl, partial, group, chunks, cols, scale, AXIS, R, C)
                 release(ticket, group)
@@ -105,7 +93,7 @@ def backward_kernel(
     prior_mu, prior_rho,  # any floating dtype, or None: N(0, I)
     seed, eps,  # as in forward_kernel
     gmu, grho,  # T
-    gprior_mu, gprior_rho,  # one element per group (AXIS ALL), row, column or element; None without a prior
+    gprior_mu, gprior_rho,  # one element per group (AXIS "all"), row, column or element; None without a prior
     partial, partial_rho, ticket,  # F [groups * chunks] each, int32 [groups]; None without a sum over tiles
     gz_at, gkl_at, mu_at, rho_at, prior_mu_at, prior_rho_at, eps_at, gmu_at, grho_at, sizes,  # strides
     rows: tl.int64, cols: tl.int64, per_stream: tl.int64,
@@ -137,7 +125,7 @@ def backward_kernel(
             else:
                 noise = normal_tile(seed, tile, first_col, per_stream, ONE_STREAM, QUADS, R, C)
             shift = tl.cast(temperature, F) * noise.to(F) * d_m
-            d_r = shift if PARAM == STD else chain(r, shift * deviation(r, PARAM), PARAM)
+            d_r = shift if PARAM == "std" else chain(r, shift * deviation(r, PARAM), PARAM)
         else:
             d_m = tl.zeros([R, C], F)
             d_r = tl.zeros([R, C], F)
@@ -154,10 +142,10 @@ def backward_kernel(
                 d_m += pull
                 to_m = tl.where(inside, -pull, 0.0)
                 to_r = tl.where(inside, -chain(s, w * tl.fma(t, t, e), PARAM), 0.0)
-                if AXIS == NONE:
+                if AXIS == "none":
                     tl.store(gprior_mu + row * cols + col, to_m, mask=inside)
                     tl.store(gprior_rho + row * cols + col, to_r, mask=inside)
-                elif AXIS == ROWS:
+                elif AXIS == "rows":
                     tl.store(gprior_mu + row, tl.sum(to_m, axis=1, keep_dims=True), mask=row_ok)
                     tl.store(gprior_rho + row, tl.sum(to_r, axis=1, keep_dims=True), mask=row_ok)
                 else:
@@ -171,102 +159,87 @@ def backward_kernel(
             d_r = tl.where((given < lo) | (given > hi), 0.0, d_r)
         store(gmu, d_m, tile, sizes, gmu_at, WIDE)
         store(grho, d_r, tile, sizes, grho_at, WIDE)
-    if gprior_mu is not None and AXIS >= ALL:
+    if gprior_mu is not None and (AXIS == "all" or AXIS == "columns"):
         store_sum(total_m, gprior_mu, partial, group, chunk, chunks, cols, 1.0, AXIS, R, C)
         store_sum(total_r, gprior_rho, partial_rho, group, chunk, chunks, cols, 1.0, AXIS, R, C)
-        if chunks > 1:
+        if chunks > 1:  # noqa: SIM102 (`and` would call both)
             if arrive(ticket, group, chunks):
                 collect(gprior_mu, partial, group, chunks, cols, 1.0, AXIS, R, C)
                 collect(gprior_rho, partial_rho, group, chunks, cols, 1.0, AXIS, R, C)
                 release(ticket, group)
 
 
-def gaussian_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi,
-                 reduction, batch_ndim, temperature):  # fmt: skip
-    """(z, kl) of `vaeops::gaussian_fwd`: one launch."""
+def gaussian_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi, reduction,
+                 batch_ndim, temperature):  # fmt: skip
+    """(z, kl) of `vaeops::gaussian_fwd`, None for the one that is not wanted: one launch."""
     mu, rho = _halves(q, rho, packed_dim)
     seed = None if eps is not None else seed
-    sampled = seed is not None or eps is not None
-    z = torch.empty_like(mu) if sampled else mu.new_empty(0)
-    kl = mu.new_empty(ref.reduced_shape(mu.shape, reduction, batch_ndim), dtype=ref.compute_dtype(mu.dtype))
+    z = kl = None
+    if seed is not None or eps is not None:
+        z = torch.empty_like(mu)
+    F = ref.compute_dtype(mu.dtype)
+    if reduction != ref.NO_KL:
+        kl = mu.new_empty(ref.reduced_shape(mu.shape, reduction, batch_ndim), dtype=F)
     if mu.numel() == 0:
-        return z, kl.zero_()
-    operands = _operands(mu, rho, prior_mu, prior_rho, eps)
-    if sampled:
-        operands["z_at"] = z.stride()
+        return z, None if kl is None else kl.zero_()
+    operands = (*_operands(mu, rho, prior_mu, prior_rho, eps), None if z is None else z.stride())
     block, warps = layout.settings(mu.dtype)
     sums = layout.reduction_sums(mu.shape, reduction, batch_ndim, block)
-    wanted = None if reduction == ref.NO_KL else kl
+    launch = layout.plan(mu.shape, operands, sums, _streams(seed), block)
     with layout.guard(mu):
-        launch = layout.plan(mu, operands, _FORWARD_STRIDES, sums, seed, block)
         forward_kernel[launch.grid](
-            mu, rho, prior_mu, prior_rho, launch.seed, eps, z if sampled else None, wanted,
-            *launch.workspace(1, kl.dtype, mu), *launch.strides, *launch.sizes,
+            mu, rho, prior_mu, prior_rho, _packed(seed), eps, z, kl,
+            *launch.workspace(1, F, mu), *launch.strides, *launch.sizes,
             ref.scale(mu.shape, batch_ndim, reduction), clamp_lo, clamp_hi, temperature,
-            param, _clamps(clamp_lo, clamp_hi), *launch.constants, num_warps=warps, enable_fp_fusion=False,
+            ref.PARAMS[param], _clamps(clamp_lo, clamp_hi), *launch.constants,
+            num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return z, kl
 
 
-def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo,
-                 clamp_hi, reduction, batch_ndim, temperature):  # fmt: skip
-    """Gradients of (q, rho, prior_mu, prior_rho), no elements for an absent one: one launch.
+def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi,
+                 reduction, batch_ndim, temperature):  # fmt: skip
+    """Gradients of (q, rho, prior_mu, prior_rho), None for an absent one: one launch.
 
     A prior that is broadcast along dims on both sides of one that it has adds a sum over partial results.
     """
     gq = torch.empty_like(q)
-    grho = q.new_empty(0) if rho is None else torch.empty_like(rho)
-    g_mu, g_rho = _halves(gq, None if rho is None else grho, packed_dim)
+    grho = None if rho is None else torch.empty_like(rho)
+    g_mu, g_rho = _halves(gq, grho, packed_dim)
     mu, rho = _halves(q, rho, packed_dim)
     seed = None if eps is not None or gz is None else seed
     eps = None if gz is None else eps
     gkl = None if reduction == ref.NO_KL else gkl
-    if mu.numel() == 0 or gkl is None:
-        g_prior = [q.new_empty(0) if p is None else p.new_zeros(p.shape) for p in (prior_mu, prior_rho)]
+    prior = () if prior_mu is None or gkl is None or mu.numel() == 0 else (prior_mu, prior_rho)
+    if not prior:
+        g_prior = [None if p is None else p.new_zeros(p.shape) for p in (prior_mu, prior_rho)]
         prior_mu = prior_rho = None
     if mu.numel() == 0:
         return gq, grho, *g_prior
-    operands = _operands(mu, rho, prior_mu, prior_rho, eps) | {
-        "gmu_at": g_mu.stride(),
-        "grho_at": g_rho.stride(),
-    }
-    if gz is not None:
-        operands["gz_at"] = gz.stride()
-    if gkl is not None:
-        operands["gkl_at"] = layout.reduced_strides(gkl, mu.shape, reduction, batch_ndim)
+    operands = (
+        None if gz is None else gz.stride(),
+        None if gkl is None else layout.reduced_strides(gkl, mu.shape, reduction, batch_ndim),
+        *_operands(mu, rho, prior_mu, prior_rho, eps),
+        g_mu.stride(),
+        g_rho.stride(),
+    )
     block, warps = layout.settings(mu.dtype)
-    sums = layout.NO_SUMS
-    out_mu = out_rho = None
-    if prior_mu is not None:
-        sums = layout.broadcast_sums(prior_mu.shape, mu.shape, block)
-        out_mu, out_rho = (_prior_sums(p, sums, ref.compute_dtype(mu.dtype)) for p in (prior_mu, prior_rho))
+    sums = layout.broadcast_sums(prior[0].shape, mu.shape, block) if prior else layout.NO_SUMS
+    F = ref.compute_dtype(mu.dtype)
+    g_sums = [_prior_sums(p, sums, F) for p in prior]
+    launch = layout.plan(mu.shape, operands, sums, _streams(seed), block)
     with layout.guard(mu):
-        launch = layout.plan(mu, operands, _BACKWARD_STRIDES, sums, seed, block)
         backward_kernel[launch.grid](
-            gz, gkl, mu, rho, prior_mu, prior_rho, launch.seed, eps, g_mu, g_rho, out_mu, out_rho,
-            *launch.workspace(2, ref.compute_dtype(mu.dtype), mu), *launch.strides, *launch.sizes,
+            gz, gkl, mu, rho, prior_mu, prior_rho, _packed(seed), eps, g_mu, g_rho,
+            *(g_sums or (None, None)), *launch.workspace(2, F, mu),
+            *launch.strides, *launch.sizes,
             ref.scale(mu.shape, batch_ndim, reduction), clamp_lo, clamp_hi, temperature,
-            param, _clamps(clamp_lo, clamp_hi), *launch.constants, num_warps=warps, enable_fp_fusion=False,
+            ref.PARAMS[param], _clamps(clamp_lo, clamp_hi), *launch.constants,
+            num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
-    if out_mu is not None and out_rho is not None:
-        g_prior = [_to_prior(out_mu, prior_mu), _to_prior(out_rho, prior_rho)]
-    elif gkl is not None:
-        g_prior = [q.new_empty(0), q.new_empty(0)]
+    if prior:
+        g_prior = [_to_prior(s, p) for s, p in zip(g_sums, prior)]
     return gq, grho, *g_prior
-
-
-_FORWARD_STRIDES = ("mu_at", "rho_at", "prior_mu_at", "prior_rho_at", "eps_at", "z_at")
-_BACKWARD_STRIDES = (
-    "gz_at",
-    "gkl_at",
-    "mu_at",
-    "rho_at",
-    "prior_mu_at",
-    "prior_rho_at",
-    "eps_at",
-    "gmu_at",
-    "grho_at",
-)
 
 
 def _halves(q: Tensor, rho: Tensor | None, packed_dim: int) -> tuple[Tensor, Tensor]:
@@ -276,15 +249,23 @@ def _halves(q: Tensor, rho: Tensor | None, packed_dim: int) -> tuple[Tensor, Ten
     return q.narrow(packed_dim, 0, half), q.narrow(packed_dim, half, half)
 
 
-def _operands(mu, rho, prior_mu, prior_rho, eps) -> dict[str, tuple[int, ...]]:
+def _operands(mu, rho, prior_mu, prior_rho, eps) -> tuple[tuple[int, ...] | None, ...]:
     """Strides, in mu's shape, of what both directions read."""
-    found = {"mu_at": mu.stride(), "rho_at": rho.stride()}
-    if prior_mu is not None:
-        found["prior_mu_at"] = layout.broadcast_strides(prior_mu, mu.shape)
-        found["prior_rho_at"] = layout.broadcast_strides(prior_rho, mu.shape)
-    if eps is not None:
-        found["eps_at"] = eps.stride()
-    return found
+    return (
+        mu.stride(),
+        rho.stride(),
+        None if prior_mu is None else layout.broadcast_strides(prior_mu, mu.shape),
+        None if prior_rho is None else layout.broadcast_strides(prior_rho, mu.shape),
+        None if eps is None else eps.stride(),
+    )
+
+
+def _streams(seed: Tensor | None) -> int:
+    return 1 if seed is None else seed.numel() // 2
+
+
+def _packed(seed: Tensor | None) -> Tensor | None:
+    return None if seed is None else seed.contiguous()
 
 
 def _clamps(lo: float, hi: float) -> bool:
@@ -292,7 +273,7 @@ def _clamps(lo: float, hi: float) -> bool:
 
 
 def _prior_sums(prior: Tensor, sums: layout.Sums, dtype: torch.dtype) -> Tensor:
-    """Where the kernel writes the prior's gradient: the gradient itself, or sums that are not complete."""
+    """What the kernel writes for the prior: its gradient, or sums that are not yet complete."""
     if sums.shape == ():
         return torch.empty_like(prior, memory_format=torch.contiguous_format)
     return prior.new_empty(sums.shape, dtype=dtype)
