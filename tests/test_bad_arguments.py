@@ -6,8 +6,7 @@ Random tensors find little; one change to a valid call finds what a check forgot
 import math
 
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import vaeops
 from vaeops import rng
@@ -18,7 +17,9 @@ EXPECTED = (ValueError, TypeError, RuntimeError, NotImplementedError)
 
 def mutate(how: str, x: torch.Tensor, draw) -> object:
     if how == "dtype":
-        return x.to(draw(st.sampled_from([torch.float64, torch.bfloat16, torch.int64, torch.complex64, torch.bool])))
+        return x.to(
+            draw(st.sampled_from([torch.float64, torch.bfloat16, torch.int64, torch.complex64, torch.bool]))
+        )
     if how == "rank":
         return x.unsqueeze(draw(st.integers(0, x.dim())))
     if how == "size":
@@ -75,7 +76,10 @@ def test_reparam_kl(call):
     if "prior_mu" in tensors:
         options["prior"] = (tensors.pop("prior_mu"), tensors.pop("prior_rho"))
     mu, logvar = tensors.pop("mu"), tensors.pop("logvar")
-    leaves = [t.detach().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in (mu, logvar)]
+    leaves = [
+        t.detach().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        for t in (mu, logvar)
+    ]
     try:
         z, kl, _ = vaeops.reparam_kl(*leaves, **tensors, **options)
     except EXPECTED as error:
@@ -95,7 +99,14 @@ def test_reparam_kl(call):
 def test_low_level_op_stays_in_bounds(data):
     """The op below the public checks, as an exported graph calls it: any mutation computes or raises, and reads in bounds."""
     shape = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
-    args = [torch.ones(shape), torch.ones(shape), torch.ones(shape[-1:]), torch.ones(shape[-1:]), torch.tensor([1, 2]), None]
+    args = [
+        torch.ones(shape),
+        torch.ones(shape),
+        torch.ones(shape[-1:]),
+        torch.ones(shape[-1:]),
+        torch.tensor([1, 2]),
+        None,
+    ]
     which = data.draw(st.integers(0, 4))
     args[which] = mutate(data.draw(st.sampled_from(MUTATIONS)), args[which], data.draw)
     options = (
@@ -107,7 +118,9 @@ def test_low_level_op_stays_in_bounds(data):
     except EXPECTED:
         return
     if z is not None and not z.is_meta:
-        torch.ops.vaeops.gaussian_bwd(torch.ones_like(z), None if kl is None else torch.ones_like(kl), *args, *options)
+        torch.ops.vaeops.gaussian_bwd(
+            torch.ones_like(z), None if kl is None else torch.ones_like(kl), *args, *options
+        )
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))

@@ -32,8 +32,15 @@ def python(code: str, **environment: str) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_its_files(family):
-    for folder, suffix in (("vaeops/ref", ".py"), ("vaeops/ops", ".py"), ("vaeops/kernels", ".py"), ("bench/cases", ".py")):
-        assert (ROOT / folder / f"{family}{suffix}").exists() or (ROOT / folder / family).is_dir(), f"{folder}/{family}"
+    for folder, suffix in (
+        ("vaeops/ref", ".py"),
+        ("vaeops/ops", ".py"),
+        ("vaeops/kernels", ".py"),
+        ("bench/cases", ".py"),
+    ):
+        assert (ROOT / folder / f"{family}{suffix}").exists() or (ROOT / folder / family).is_dir(), (
+            f"{folder}/{family}"
+        )
     assert (ROOT / f"tests/test_{family}.py").exists()
     assert (ROOT / f"csrc/bind/{family}.cpp").exists() and (ROOT / f"csrc/cpu/{family}.cpp").exists()
     assert list((ROOT / "csrc/cuda").glob(f"{family}*.cu"))
@@ -44,14 +51,20 @@ def test_every_op_is_defined_for_every_implementation():
     for name in _library.names:
         packet = getattr(torch.ops.vaeops, name)
         assert set(packet.overloads()) == {"default", *_library.IMPLS}
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vaeops::{name}.ref", "CompositeExplicitAutograd")
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vaeops::{name}.cpp", "CPU") == (_native.why_not("_ops_cpu") is None)
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"vaeops::{name}.ref", "CompositeExplicitAutograd"
+        )
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vaeops::{name}.cpp", "CPU") == (
+            _native.why_not("_ops_cpu") is None
+        )
 
 
-@pytest.mark.parametrize("name", ["reparam_kl", "reparam_kl_packed", "reparameterize", "gaussian_kl", "gaussian_log_prob"])
+@pytest.mark.parametrize(
+    "name", ["reparam_kl", "reparam_kl_packed", "reparameterize", "gaussian_kl", "gaussian_log_prob"]
+)
 def test_public_functions_are_documented_and_in_the_readme(name):
     doc = getattr(vaeops, name).__doc__
-    assert doc and "Returns:" in doc or "as in `reparam_kl`" in doc
+    assert (doc and "Returns:" in doc) or "as in `reparam_kl`" in doc
     assert f"`{name}`" in (ROOT / "README.md").read_text()
     import inspect
 
@@ -92,7 +105,9 @@ def test_import_starts_no_cuda_and_imports_no_triton():
 
 
 def test_import_costs_less_than_100_ms_over_torch():
-    code = "import torch, time; t = time.perf_counter(); import vaeops; print((time.perf_counter() - t) * 1e3)"
+    code = (
+        "import torch, time; t = time.perf_counter(); import vaeops; print((time.perf_counter() - t) * 1e3)"
+    )
     python("import vaeops")  # compiles the bytecode
     assert min(float(python(code)) for _ in range(5)) < 100
 
@@ -158,11 +173,23 @@ def pip(*args: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "pip", *args], env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("how", [{"VAEOPS_NATIVE": "0"}, {"CXX": "no-such-compiler", "VAEOPS_NATIVE": "auto"}])
+@pytest.mark.parametrize(
+    "how", [{"VAEOPS_NATIVE": "0"}, {"CXX": "no-such-compiler", "VAEOPS_NATIVE": "auto"}]
+)
 def test_install_without_a_compiler_is_pure_python(tmp_path, how):
     copy_sources(tmp_path)
     wheels = tmp_path / "wheels"
-    built = pip("wheel", "-q", "--no-index", "--no-build-isolation", "--no-deps", "-w", str(wheels), str(tmp_path), **how)
+    built = pip(
+        "wheel",
+        "-q",
+        "--no-index",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        str(wheels),
+        str(tmp_path),
+        **how,
+    )
     assert built.returncode == 0, built.stderr
     (wheel,) = wheels.iterdir()
     assert wheel.name.endswith("py3-none-any.whl")
@@ -171,7 +198,9 @@ def test_install_without_a_compiler_is_pure_python(tmp_path, how):
         archive.extractall(tmp_path / "installed")
     code = "import torch, vaeops; print(vaeops.reparam_kl(torch.zeros(2, 3), torch.zeros(2, 3)).kl.item(), vaeops.__file__)"
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "VAEOPS_NATIVE": "auto"}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path / "wheels")
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path / "wheels"
+    )
     assert out.stdout.startswith("0.0") and str(tmp_path) in out.stdout, out.stderr
 
 
@@ -200,7 +229,9 @@ def test_offline_install_builds_the_kernels(tmp_path):
 @pytest.mark.slow
 def test_editable_tree_is_left_clean():
     """What the build and the tests leave is ignored by git."""
-    status = subprocess.run(["git", "status", "--porcelain", "--untracked-files=all"], capture_output=True, text=True, cwd=ROOT)
+    status = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=all"], capture_output=True, text=True, cwd=ROOT
+    )
     if status.returncode:
         pytest.skip("not a git checkout")
     leftovers = [line for line in status.stdout.splitlines() if line.endswith((".so", ".o", ".pyc"))]

@@ -73,7 +73,9 @@ def test_compile_of_every_public_function():
 
 def test_one_tensor_given_twice_under_compile():
     mu, _ = inputs()
-    f = torch.compile(lambda m: vaeops.reparam_kl(m, m, prior=(m, m), seed=SEED)[:2], fullgraph=True, backend="aot_eager")
+    f = torch.compile(
+        lambda m: vaeops.reparam_kl(m, m, prior=(m, m), seed=SEED)[:2], fullgraph=True, backend="aot_eager"
+    )
     compiled = torch.autograd.grad(loss_of(*f(mu)), mu)[0]
     eager = torch.autograd.grad(loss_of(*vaeops.reparam_kl(mu, mu, prior=(mu, mu), seed=SEED)[:2]), mu)[0]
     torch.testing.assert_close(compiled, eager)

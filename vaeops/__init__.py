@@ -1,13 +1,10 @@
-"""Fused kernels for variational autoencoders: reparameterize + KL, on CPU, Triton and CUDA, behind PyTorch autograd."""
+"""Fused kernels for variational autoencoders in PyTorch: on CPU, Triton and CUDA, behind autograd."""
 
 from . import _native
 
 _native.load()
 
-from . import nn as nn
-from . import objectives as objectives
-from . import ref as ref
-from . import rng as rng
+from . import nn as nn, objectives as objectives, ref as ref, rng as rng
 from ._info import info as info
 from .ops.gaussian import (
     LatentOutput as LatentOutput,
