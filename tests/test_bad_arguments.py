@@ -1,6 +1,7 @@
-"""Valid arguments with one mutation: an op either computes (right shapes, nothing out of bounds) or says what is wrong.
+"""Valid arguments with one mutation: an op computes (right shapes, nothing out of bounds) or says what is wrong.
 
-Random tensors find little; one change to a valid call finds what a check forgot. Run under ASan by `make sanitize`.
+Random tensors find little; one change to a valid call finds what a check forgot. `make sanitize` runs it
+under ASan.
 """
 
 import math
@@ -97,7 +98,7 @@ def test_reparam_kl(call):
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_low_level_op_stays_in_bounds(data):
-    """The op below the public checks, as an exported graph calls it: any mutation computes or raises, and reads in bounds."""
+    """The op below the public checks, as an exported graph calls it: computes or raises, and reads in bounds."""
     shape = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
     args = [
         torch.ones(shape),

@@ -79,7 +79,7 @@ class Differentiable:
 
 
 def _distinct(tensors: tuple) -> list:
-    """The same tensors, each a Python object of its own: Dynamo refuses a Function that is given one twice."""
+    """The same tensors, each an object of its own: Dynamo refuses a Function that is given one twice."""
     result: list[Tensor | None] = []
     for t in tensors:
         result.append(t.view_as(t) if t is not None and any(t is other for other in result) else t)
