@@ -1,4 +1,4 @@
-"""Valid arguments with one mutation: an op computes (right shapes, nothing out of bounds) or says what is wrong.
+"""Valid arguments with one mutation: an op computes (right shapes, in bounds) or says what is wrong.
 
 Random tensors find little; one change to a valid call finds what a check forgot. `make sanitize` runs it
 under ASan.
@@ -98,7 +98,7 @@ def test_reparam_kl(call):
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_low_level_op_stays_in_bounds(data):
-    """The op below the public checks, as an exported graph calls it: computes or raises, and reads in bounds."""
+    """The op below the public checks, as an exported graph calls it: computes in bounds, or raises."""
     shape = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
     args = [
         torch.ones(shape),
@@ -111,9 +111,14 @@ def test_low_level_op_stays_in_bounds(data):
     which = data.draw(st.integers(0, 4))
     args[which] = mutate(data.draw(st.sampled_from(MUTATIONS)), args[which], data.draw)
     options = (
-        data.draw(st.integers(-1, 3)), data.draw(st.integers(-1, 3)), -math.inf, math.inf, data.draw(st.integers(-2, 6)),
-        data.draw(st.integers(-1, 4)), 1.0,
-    )  # fmt: skip
+        data.draw(st.integers(-1, 3)),  # packed_dim
+        data.draw(st.integers(-1, 3)),  # param
+        -math.inf,
+        math.inf,
+        data.draw(st.integers(-2, 6)),  # reduction
+        data.draw(st.integers(-1, 4)),  # batch_ndim
+        1.0,
+    )
     try:
         z, kl = torch.ops.vaeops.gaussian_fwd(*args, *options)
     except EXPECTED:

@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for three architectures, without a GPU: no spills, registers within budget, instruction counts.
+"""The CUDA kernels compiled for three architectures, without a GPU: spills, registers, instructions.
 
 `python tests/test_cuda_static.py` prints the table.
 """
@@ -16,7 +16,8 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = ("sm_80", "sm_90a", "sm_100")
 STATIC_SHARED = 48 << 10
 
-# Registers a thread may have, by kernel: 65536 / 256 threads / the blocks that the launch bounds promise per multiprocessor.
+# Registers a thread may have, by kernel: 65536 / 256 threads / the blocks that the launch bounds promise per
+# multiprocessor.
 # The first pattern that is found counts.
 REGISTERS = (
     (r"^normal_kernel|^fold_in_kernel", 32),
@@ -24,8 +25,8 @@ REGISTERS = (
     (r"^rows_kernel|^flat_kernel<Backward<\w+, Path|, Path::linear|, Path::strided", 80),
     (r"^flat_kernel", 64),
 )
-# SASS instructions per element in the loop of the kernels that carry training: fp32 at N(0, I). The counts hold cold code
-# (64-bit division, square roots of extreme numbers) too. A jump means that something is computed twice.
+# SASS instructions per element in the loop of the kernels that carry training: fp32 at N(0, I). The counts
+# hold cold code (64-bit division, square roots of extreme numbers) too. A jump means that something is computed twice.
 LOOPS = {
     r"^flat_kernel<Forward<float, Path::plain": (8, 115),
     r"^flat_kernel<Backward<float, Path::plain": (8, 120),
@@ -72,18 +73,21 @@ def loop_length(sass: str) -> int:
 
 
 def compile_kernels(source: Path, arch: str, folder: Path) -> list[dict]:
-    """One row per kernel: name, registers, shared bytes, spills, instructions in the longest loop (None: no disassembler)."""
+    """One row per kernel: name, registers, shared bytes, spills, instructions in the longest loop (None where
+    there is no disassembler)."""
     nvcc, cuobjdump = tool("nvcc"), tool("cuobjdump")
     assert nvcc
     cubin = folder / f"{source.stem}.{arch}.cubin"
     done = subprocess.run(
-        [nvcc, "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", "-cubin", "-o", str(cubin), str(source)],
+        [nvcc, "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", "-cubin", "-o", str(cubin),
+         str(source)],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "warning" not in done.stderr, done.stderr[:2000]
     kernels = re.findall(
-        r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers(.*?)\n",
+        r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers(.*?)\n",
         done.stderr, re.S,
     )  # fmt: skip
     assert kernels, done.stderr[:2000]
@@ -97,8 +101,8 @@ def compile_kernels(source: Path, arch: str, folder: Path) -> list[dict]:
     rows = []
     for (symbol, stores, loads, registers, rest), name in zip(kernels, readable([k[0] for k in kernels])):
         shared = re.search(r"(\d+) bytes smem", rest)
-        rows.append({"name": name, "arch": arch, "registers": int(registers), "spills": int(stores) + int(loads),
-                     "shared": int(shared[1]) if shared else 0, "loop": loops.get(symbol)})  # fmt: skip
+        rows.append({"name": name, "arch": arch, "registers": int(registers),
+                     "spills": int(stores) + int(loads), "shared": int(shared[1]) if shared else 0, "loop": loops.get(symbol)})  # fmt: skip
     return rows
 
 

@@ -7,8 +7,6 @@ on threads, tiles or device. A seed [..., 2] is one stream per entry. Source: Sa
 numbers: as easy as 1, 2, 3".
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -219,10 +217,3 @@ def check_eps(op: str, eps: Tensor, like: Tensor) -> None:
         )
     if eps.requires_grad:
         raise ValueError(f"{op}: eps gets no gradient; pass eps.detach()")
-
-
-def check_temperature(op: str, temperature: float) -> None:
-    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
-        raise TypeError(f"{op}: temperature must be a float, got {type(temperature).__name__}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"{op}: temperature must be finite and >= 0, got {temperature}")

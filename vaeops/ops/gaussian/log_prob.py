@@ -78,6 +78,8 @@ def gaussian_log_prob(x: Tensor, mu: Tensor, logvar: Tensor, *, param: str = "lo
     x, mu = check.pair(op, "x", "mu", x, mu)
     if logvar.shape != mu.shape:
         logvar = logvar.expand_as(mu)
-    param_code, reduction_code = check.options(op, mu, param, reduction, batch_ndim)
+    _, param_code, _, _, reduction_code, _, _ = check.options(
+        op, mu, 0, param, None, reduction, batch_ndim, 1.0
+    )
     check_impl(op, impl, mu.device.type)
     return _log_prob(impl, (param_code, reduction_code, batch_ndim), x, mu, logvar)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ...ref import gaussian as ref
 from ...ref.gaussian import NO_KL, LatentOutput
-from .. import rng
 from .._autograd import Differentiable
 from .._library import check_impl, define
 from . import check
@@ -188,13 +187,10 @@ def reparam_kl(mu: Tensor, logvar: Tensor, *, prior: tuple[Tensor, Tensor] | Non
         TypeError, ValueError: naming the argument, what came and what is taken; the same under torch.compile.
     """
     mu, logvar = check.pair("reparam_kl", "mu", "logvar", mu, logvar)
-    param_code, reduction_code = check.options("reparam_kl", mu, param, reduction, batch_ndim)
-    rng.check_temperature("reparam_kl", temperature)
-    lo, hi = check.bounds("reparam_kl", clamp)
+    options = check.options("reparam_kl", mu, 0, param, clamp, reduction, batch_ndim, temperature)
     mu_p, rho_p = check.prior_pair("reparam_kl", prior, mu)
     check_impl("reparam_kl", impl, mu.device.type)
     seed, eps = check.noise("reparam_kl", mu, batch_ndim, seed, generator, eps)
-    options = (0, param_code, lo, hi, reduction_code, batch_ndim, float(temperature))
     z, kl = _step(impl, options, mu, logvar, mu_p, rho_p, seed, eps)
     return LatentOutput(z, kl, seed)
 
@@ -233,13 +229,10 @@ def reparam_kl_packed(moments: Tensor, *, dim: int = 1, prior: tuple[Tensor, Ten
     if moments.shape[dim] % 2:
         raise ValueError(f"{op}: moments must have an even size along dim {dim}, got {list(moments.shape)}")
     half = moments.detach().narrow(dim, 0, moments.shape[dim] // 2)
-    param_code, reduction_code = check.options(op, half, param, reduction, batch_ndim)
-    rng.check_temperature(op, temperature)
-    lo, hi = check.bounds(op, clamp)
+    options = check.options(op, half, dim, param, clamp, reduction, batch_ndim, temperature)
     mu_p, rho_p = check.prior_pair(op, prior, half)
     check_impl(op, impl, moments.device.type)
     seed, eps = check.noise(op, half, batch_ndim, seed, generator, eps)
-    options = (dim, param_code, lo, hi, reduction_code, batch_ndim, float(temperature))
     z, kl = _step(impl, options, moments, None, mu_p, rho_p, seed, eps)
     return LatentOutput(z, kl, seed)
 
@@ -256,14 +249,12 @@ def reparameterize(mu: Tensor, logvar: Tensor, *, param: str = "logvar",
         z [*B, *E] in mu's dtype and memory format: the same bits as `reparam_kl(...).z` of the same seed.
     """
     mu, logvar = check.pair("reparameterize", "mu", "logvar", mu, logvar)
-    param_code, _ = check.options("reparameterize", mu, param, "none", 0)
-    rng.check_temperature("reparameterize", temperature)
-    lo, hi = check.bounds("reparameterize", clamp)
+    dim, code, lo, hi, _, _, scale = check.options(
+        "reparameterize", mu, 0, param, clamp, "none", 0, temperature
+    )
     check_impl("reparameterize", impl, mu.device.type)
     seed, eps = check.noise("reparameterize", mu, mu.dim(), seed, generator, eps)
-    z, _ = _step(
-        impl, (0, param_code, lo, hi, NO_KL, 0, float(temperature)), mu, logvar, None, None, seed, eps
-    )
+    z, _ = _step(impl, (dim, code, lo, hi, NO_KL, 0, scale), mu, logvar, None, None, seed, eps)
     return z
 
 
@@ -273,10 +264,8 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, prior: tuple[Tensor, Tensor] | No
                 impl: str | None = None) -> Tensor:  # fmt: skip
     """The KL alone: KL(N(mu, sigma^2) || prior) in nats. Arguments, reductions, gradients as `reparam_kl`."""
     mu, logvar = check.pair("gaussian_kl", "mu", "logvar", mu, logvar)
-    param_code, reduction_code = check.options("gaussian_kl", mu, param, reduction, batch_ndim)
-    lo, hi = check.bounds("gaussian_kl", clamp)
+    options = check.options("gaussian_kl", mu, 0, param, clamp, reduction, batch_ndim, 1.0)
     mu_p, rho_p = check.prior_pair("gaussian_kl", prior, mu)
     check_impl("gaussian_kl", impl, mu.device.type)
-    options = (0, param_code, lo, hi, reduction_code, batch_ndim, 1.0)
     _, kl = _step(impl, options, mu, logvar, mu_p, rho_p, None, None)
     return kl
