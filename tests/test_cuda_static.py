@@ -26,7 +26,8 @@ REGISTERS = (
     (r"^flat_kernel", 64),
 )
 # SASS instructions per element in the loop of the kernels that carry training: fp32 at N(0, I). The counts
-# hold cold code (64-bit division, square roots of extreme numbers) too. A jump means that something is computed twice.
+# hold cold code (64-bit division, square roots of extreme numbers) too. A jump means that something is
+# computed twice.
 LOOPS = {
     r"^flat_kernel<Forward<float, Path::plain": (8, 115),
     r"^flat_kernel<Backward<float, Path::plain": (8, 120),
@@ -101,8 +102,16 @@ def compile_kernels(source: Path, arch: str, folder: Path) -> list[dict]:
     rows = []
     for (symbol, stores, loads, registers, rest), name in zip(kernels, readable([k[0] for k in kernels])):
         shared = re.search(r"(\d+) bytes smem", rest)
-        rows.append({"name": name, "arch": arch, "registers": int(registers),
-                     "spills": int(stores) + int(loads), "shared": int(shared[1]) if shared else 0, "loop": loops.get(symbol)})  # fmt: skip
+        rows.append(
+            {
+                "name": name,
+                "arch": arch,
+                "registers": int(registers),
+                "spills": int(stores) + int(loads),
+                "shared": int(shared[1]) if shared else 0,
+                "loop": loops.get(symbol),
+            }
+        )
     return rows
 
 

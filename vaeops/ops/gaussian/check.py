@@ -32,8 +32,8 @@ def pair(op: str, a: str, b: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]
     return x, y
 
 
-def options(op: str, mu: Tensor, packed_dim: int, param: str, clamp: tuple[float, float] | None, reduction: str,
-            batch_ndim: int, temperature: float) -> tuple:  # fmt: skip
+def options(op: str, mu: Tensor, packed_dim: int, param: str, clamp: tuple[float, float] | None,
+            reduction: str, batch_ndim: int, temperature: float) -> tuple:  # fmt: skip
     """The low-level op's options, in its order."""
     if param not in PARAMS:
         raise ValueError(f"{op}: param must be one of {PARAMS}, got {param!r}")
