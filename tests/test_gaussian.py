@@ -556,3 +556,15 @@ def test_an_unknown_generator_raises_under_compile_with_advice():
         )(MU)
     with pytest.raises(ValueError, match="generator is on"):
         vaeops.reparam_kl(MU.to("meta"), MU.to("meta"), generator=generator)
+
+
+@pytest.mark.parametrize("reduction", ref.REDUCTIONS)
+def test_each_half_alone_has_the_bits_of_both(isa, reduction):
+    mu, rho = make((40, 70))
+    prior = make((70,))
+    z, kl, _ = vaeops.reparam_kl(mu, rho, prior=prior, seed=SEED, reduction=reduction)
+    assert torch.equal(vaeops.reparameterize(mu, rho, seed=SEED), z)
+    assert torch.equal(vaeops.gaussian_kl(mu, rho, prior=prior, reduction=reduction), kl)
+    z, kl, _ = vaeops.reparam_kl(mu, rho, seed=SEED, reduction=reduction)
+    assert torch.equal(vaeops.reparameterize(mu, rho, seed=SEED), z)
+    assert torch.equal(vaeops.gaussian_kl(mu, rho, reduction=reduction), kl)

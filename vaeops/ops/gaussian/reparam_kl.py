@@ -262,7 +262,11 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, prior: tuple[Tensor, Tensor] | No
                 param: str = "logvar", clamp: tuple[float, float] | None = None,
                 reduction: str = "batchmean", batch_ndim: int = 1,
                 impl: str | None = None) -> Tensor:  # fmt: skip
-    """The KL alone: KL(N(mu, sigma^2) || prior) in nats. Arguments, reductions, gradients as `reparam_kl`."""
+    """The KL alone: KL(N(mu, sigma^2) || prior) in nats. Arguments and gradients as in `reparam_kl`.
+
+    Returns:
+        kl in fp32 (fp64 for fp64), shaped by `reduction`: the same bits as `reparam_kl(...).kl`.
+    """
     mu, logvar = check.pair("gaussian_kl", "mu", "logvar", mu, logvar)
     options = check.options("gaussian_kl", mu, 0, param, clamp, reduction, batch_ndim, 1.0)
     mu_p, rho_p = check.prior_pair("gaussian_kl", prior, mu)
