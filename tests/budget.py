@@ -1,8 +1,9 @@
 """The tolerance of this library: an error budget, not a number.
 
-The largest |ours - exact| may be at most `factor` times (the largest |eager - exact| + 1 ulp of the largest value), where
-eager is the textbook formula in the same dtype and exact is fp64: ours may not be worse than what it replaces. The factor
-is 2 for values and 3 for gradients. Nobody tunes a tolerance, and the share that was used is printed (`pytest -s`).
+The largest |ours - exact| may be at most `factor` times (the largest |eager - exact| + 1 ulp of the largest
+value), where eager is the textbook formula in the same dtype and exact is fp64: ours may not be worse than
+what it replaces. The factor is 2 for values and 3 for gradients. Nobody tunes a tolerance, and the share that
+was used is printed (`pytest -s`).
 """
 
 import math

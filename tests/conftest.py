@@ -27,14 +27,14 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
-# glibc fills what malloc hands out with the complement of the low byte: 0xFF everywhere, a NaN in every floating type.
+# glibc fills what malloc hands out with the complement of the low byte: 0xFF everywhere, NaN in every float.
 _M_PERTURB = -6
 _POISON = 0x100
 
 
 @pytest.fixture(autouse=True)
 def _poison_memory():
-    """Fresh tensors hold NaN, so an element that a kernel forgets shows; and no op may object to deterministic mode."""
+    """Fresh tensors hold NaN, so a forgotten element shows; and no op may object to deterministic mode."""
     if hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(_M_PERTURB, _POISON)
     torch.use_deterministic_algorithms(True)

@@ -109,6 +109,18 @@ def test_without_a_generator_the_fused_stream_draws():
     assert eps.mean().abs() < 0.03 and (eps.std() - 1).abs() < 0.03
 
 
+def test_traces():
+    def loss(parameters):
+        q = DiagonalGaussianDistribution(parameters)
+        z = q.sample()
+        return q.kl().sum() + q.nll(q.mode()).sum() + 0 * z.sum()
+
+    parameters = moments((2, 8, 3, 4)).requires_grad_()
+    compiled, eager = torch.compile(loss, fullgraph=True, backend="aot_eager")(parameters), loss(parameters)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(*(torch.autograd.grad(t, parameters)[0] for t in (compiled, eager)))
+
+
 def test_deterministic():
     parameters = moments((3, 8, 4, 5)).requires_grad_()
     q = DiagonalGaussianDistribution(parameters, deterministic=True)

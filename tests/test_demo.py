@@ -10,10 +10,19 @@ from vaeops.train import demo  # noqa: E402
 
 
 def test_demo_prints_tables_and_writes_pictures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "SIZES", ((128, 20), (64, 64)))
+    cases = (("reparam_kl", (128, 20)), ("gaussian_kl", (64, 64)), ("gaussian_log_prob", (4, 2, 3, 3)))
+    monkeypatch.setattr(demo, "CASES", cases)
+    monkeypatch.setattr(demo, "serving", lambda device: "cpp")
     demo.main(["--out", str(tmp_path), "--epochs", "2", "--rounds", "1"])
     printed = capsys.readouterr().out
-    for text in ("first step, recon", "last epoch, kl", "images/s", "128×20", "64×64", "eager ms"):
+    for text in (
+        "first step, recon",
+        "last epoch, kl",
+        "images/s",
+        "reparam_kl 128×20",
+        "gaussian_log_prob 4×2×3×3",
+        "eager ms",
+    ):
         assert text in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(demo.PICTURES)
     for name in demo.PICTURES:

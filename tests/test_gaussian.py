@@ -55,16 +55,15 @@ def run(function, tensors, cotangents, prior, **options):
     return [*outputs, *(t.grad for t in leaves), *(p.grad for p in priors or ())]
 
 
-def check_against_reference(impl, shape, dtype, *, param="logvar", prior_kind="none", clamp=None, reduction="batchmean",
-                            batch_ndim=1, temperature=1.0, noise="seed"):  # fmt: skip
+def check_against_reference(impl, shape, dtype, *, param="logvar", prior_kind="none", clamp=None,
+                            reduction="batchmean", batch_ndim=1, temperature=1.0, noise="seed"):  # fmt: skip
     mu, rho = make(shape, dtype, param)
     prior = make_prior(prior_kind, shape, dtype, param)
     streams = shape[:batch_ndim]
     seed = rng.split(SEED, math.prod(streams)).view(*streams, 2) if noise == "streams" else SEED
     eps = rng.normal(shape, seed)
-    options = dict(
-        param=param, clamp=clamp, reduction=reduction, batch_ndim=batch_ndim, temperature=temperature
-    )
+    options = {"param": param, "clamp": clamp, "reduction": reduction, "batch_ndim": batch_ndim,
+               "temperature": temperature}  # fmt: skip
     given = {"eps": eps} if noise == "eps" else {"seed": seed}
     gz = torch.randn(shape).to(dtype)
     gkl = (
@@ -104,8 +103,8 @@ def test_parametrisations_and_priors(isa, dtype, param, prior):
 @pytest.mark.parametrize("batch_ndim", [0, 1, 2, 3])
 def test_clamp_noise_and_batch_dims(isa, noise, clamp, batch_ndim):
     for reduction in ("sample", "dim", "batchmean"):
-        check_against_reference("cpp", (5, 3, 17), torch.float32, clamp=clamp, noise=noise, batch_ndim=batch_ndim,
-                                reduction=reduction)  # fmt: skip
+        check_against_reference("cpp", (5, 3, 17), torch.float32, clamp=clamp, noise=noise,
+                                batch_ndim=batch_ndim, reduction=reduction)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -393,7 +392,7 @@ def test_channels_last_keeps_its_format_and_its_noise(isa, shape):
 def test_packed_is_the_two_halves(isa, dim, dtype):
     moments = torch.randn(6, 8, 10, dtype=dtype).requires_grad_()
     twin = moments.detach().clone().requires_grad_()
-    options = dict(seed=SEED, clamp=(-1, 1), reduction="sample")
+    options = {"seed": SEED, "clamp": (-1, 1), "reduction": "sample"}
     a = vaeops.reparam_kl_packed(moments, dim=dim, **options)
     b = vaeops.reparam_kl(*twin.chunk(2, dim), **options)
     assert torch.equal(a.z, b.z) and torch.equal(a.kl, b.kl)
@@ -432,7 +431,7 @@ def test_no_rows_give_an_empty_sample_and_no_loss(reduction, impl):
 
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements():
-    """A row of 2^31 + 64 elements, expanded from one block by stride tricks; z in fp16 is the one large tensor."""
+    """A row of 2^31 + 64 elements, one block expanded by stride tricks; z in fp16 is the one large tensor."""
     n = 2**31 + 64
     mu = torch.zeros(1, 1, dtype=torch.float16).expand(1, n)
     z, kl = torch.ops.vaeops.gaussian_fwd.cpp(mu, mu, None, None, SEED, None, 0, 0, -INF, INF, 5, 1, 1.0)
@@ -551,9 +550,21 @@ def test_bad_arguments_under_compile(call, error, text):
 
 def test_an_unknown_generator_raises_under_compile_with_advice():
     generator = torch.Generator().manual_seed(0)
-    with pytest.raises(Exception, match="draw the seed outside .* pass seed="):
+    with pytest.raises(Exception, match=r"draw the seed outside .* pass seed="):
         torch.compile(
             lambda m: vaeops.reparam_kl(m, m, generator=generator), fullgraph=True, backend="eager"
         )(MU)
     with pytest.raises(ValueError, match="generator is on"):
         vaeops.reparam_kl(MU.to("meta"), MU.to("meta"), generator=generator)
+
+
+@pytest.mark.parametrize("reduction", ref.REDUCTIONS)
+def test_each_half_alone_has_the_bits_of_both(isa, reduction):
+    mu, rho = make((40, 70))
+    prior = make((70,))
+    z, kl, _ = vaeops.reparam_kl(mu, rho, prior=prior, seed=SEED, reduction=reduction)
+    assert torch.equal(vaeops.reparameterize(mu, rho, seed=SEED), z)
+    assert torch.equal(vaeops.gaussian_kl(mu, rho, prior=prior, reduction=reduction), kl)
+    z, kl, _ = vaeops.reparam_kl(mu, rho, seed=SEED, reduction=reduction)
+    assert torch.equal(vaeops.reparameterize(mu, rho, seed=SEED), z)
+    assert torch.equal(vaeops.gaussian_kl(mu, rho, reduction=reduction), kl)

@@ -168,6 +168,16 @@ def test_monitor_takes_spatial_latents_low_precision_and_graphs():
     torch.testing.assert_close(monitor.variance(), mu.detach().float().flatten(0, 1).var(0))
 
 
+def test_monitor_stays_fp32_in_a_low_precision_model():
+    monitor = PosteriorMonitor(2)
+    monitor.update(torch.tensor([[0.1, 1.0], [0.3, 2.0]]), torch.tensor([1 / 3, 2 / 3]))
+    before = [b.clone() for b in monitor.buffers()]
+    torch.nn.Sequential(monitor).bfloat16()
+    for a, b in zip(before, monitor.buffers()):
+        assert a.dtype is b.dtype and torch.equal(a, b)
+    assert monitor.to("meta").kl.is_meta
+
+
 def test_monitor_traces_and_stays_empty_for_an_empty_batch():
     monitor = PosteriorMonitor(3)
     update = torch.compile(monitor.update, fullgraph=True, backend="eager")

@@ -217,6 +217,16 @@ def test_compositions_trace():
             r"in \[0, 1\]",
             lambda: objectives.free_bits(torch.ones(3), 0.1, reduction="none", batch_ndim=2),
         ),
+        (
+            ValueError,
+            r"floor \[2\] does not broadcast to kl \[3\]",
+            lambda: objectives.free_bits(torch.ones(3), torch.ones(2)),
+        ),
+        (
+            ValueError,
+            r"target \[3\] does not broadcast to kl \[\]",
+            lambda: objectives.capacity(torch.ones(()), torch.ones(3)),
+        ),
         (ValueError, "target must be finite", lambda: objectives.capacity(torch.ones(3), math.inf)),
         (
             ValueError,

@@ -1,4 +1,4 @@
-"""The noise stream: known answers, the same bits everywhere, what the public functions promise, and statistics."""
+"""The noise stream: known answers, the same bits everywhere, public functions' promises, statistics."""
 
 import math
 
@@ -186,7 +186,7 @@ def test_bad_arguments(call, error, text):
 
 
 def _check_statistics(n: int, seeds: list[int]) -> None:
-    """Moments, tails, Kolmogorov-Smirnov and correlations of n normals; each within about 5 standard errors."""
+    """Moments, tails, Kolmogorov-Smirnov, correlations of n normals; each within about 5 standard errors."""
     total = n * len(seeds)
     moments = torch.zeros(4, dtype=torch.float64)
     tails = torch.zeros(3, dtype=torch.float64)

@@ -43,7 +43,7 @@ def free_bits(kl: Tensor, floor: float | Tensor, *, reduction: str = "dim", batc
     Source: Kingma et al., "Improving Variational Inference with Inverse Autoregressive Flow", 2016.
     """
     _check_kl("free_bits", kl)
-    _check_number("free_bits", "floor", floor)
+    _check_number("free_bits", "floor", floor, kl)
     if reduction not in _FREE_BITS:
         raise ValueError(f"free_bits: reduction must be one of {_FREE_BITS}, got {reduction!r}")
     if reduction != "none" and batch_ndim != 1:
@@ -78,7 +78,7 @@ def capacity(kl: Tensor, target: float | Tensor) -> Tensor:
     Source: Burgess et al., "Understanding disentangling in beta-VAE", 2018, equation 8.
     """
     _check_kl("capacity", kl)
-    _check_number("capacity", "target", target)
+    _check_number("capacity", "target", target, kl)
     return (kl - target).abs().sum() / max(kl.numel(), 1)
 
 
@@ -257,9 +257,11 @@ def _check_kl(op: str, kl: Tensor, name: str = "kl") -> None:
         raise TypeError(f"{op}: {name} must be floating point, got {kl.dtype}")
 
 
-def _check_number(op: str, name: str, value: float | Tensor) -> None:
-    """A float >= 0, or a tensor: its value is not checked, since that would synchronise."""
+def _check_number(op: str, name: str, value: float | Tensor, kl: Tensor) -> None:
+    """A float >= 0, or a tensor that broadcasts to kl; its value is not read: that would synchronise."""
     if isinstance(value, Tensor):
+        if value.dim() > kl.dim() or any(s not in (1, k) for s, k in zip(value.shape[::-1], kl.shape[::-1])):
+            raise ValueError(f"{op}: {name} {list(value.shape)} does not broadcast to kl {list(kl.shape)}")
         return
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a float or a tensor, got {type(value).__name__}")

@@ -87,7 +87,7 @@ VAEOPS_INLINE void forward_block(const ForwardTile<T>& t, int64_t i, const Optio
     } else {
       twice = fma(mu, mu, gap_twice(e));
     }
-    if (elements != nullptr) {
+    if (!plain && elements != nullptr) {
       store(elements + v * kWidth, twice * set1(0.5f));
     } else {
       lanes[v] = fma(twice, set1(0.5f), lanes[v]);  // halving is exact: the same bits as the branch above
@@ -132,7 +132,7 @@ static void forward_tile(const ForwardTile<T>& t, const Options& o) {
   }
   if (t.noise.drawn) normals(counter, philox, noise);
   const bool wanted = t.lanes != nullptr || t.elements != nullptr;
-  forward_block<kPlain>(padded, 0, o, noise, lanes, wanted ? elements : nullptr);
+  forward_block<false>(padded, 0, o, noise, lanes, wanted ? elements : nullptr);
   if (t.noise.any()) copy(z, t.z + i, rest);
   if (t.elements != nullptr) copy(elements, t.elements + i, rest);
   if (t.lanes != nullptr) {

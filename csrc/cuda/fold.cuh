@@ -5,9 +5,8 @@
 //     columns  one sum per column: the kept elements are neighbours ("dim", a prior broadcast over the batch)
 //
 // A Step does the work of 8 consecutive logical elements:
-//     using Call, T;  kOutputs: values to sum per element;  kBlocks, kFoldBlocks: per multiprocessor, flat and
-//     otherwise run(call, i, count, sink): elements [i, i + count), count <= 8; gives every value to sink(output, e,
-//     value)
+//     using Call, T;  kOutputs: values to sum per element;  kBlocks: per multiprocessor
+//     run(call, i, count, sink): elements [i, i + count), count <= 8; gives every value to sink(output, e, value)
 // Sums are fp64 (one addition in tens of instructions), in an order that depends on shapes alone, without float
 // atomics. Where blocks share a sum, each leaves a partial sum and the last one to arrive adds them in index order.
 #pragma once
@@ -135,8 +134,15 @@ struct Rows {
   }
 };
 
+// Blocks per multiprocessor: the walk's own index arithmetic takes registers beside the Step's.
 template <class Step>
-__global__ void __launch_bounds__(kThreads, Step::kFoldBlocks)
+constexpr int kRowBlocks = Step::kOutputs > 1  ? 2
+                           : Step::kBlocks < 3 ? Step::kBlocks
+                                               : 3;
+constexpr int kColumnBlocks = 2;
+
+template <class Step>
+__global__ void __launch_bounds__(kThreads, kRowBlocks<Step>)
     rows_kernel(const __grid_constant__ typename Step::Call call, const __grid_constant__ Fold fold, const Rows rows,
                 const __grid_constant__ Sums sums) {
   using C = Compute<typename Step::T>;
@@ -193,12 +199,12 @@ struct Columns {
   int64_t slabs;   // more than one only where the groups alone would leave the device idle
   int64_t slab;    // summed elements in a slab
 
-  static Columns plan(const Fold& fold, int per_sm) {
+  static Columns plan(const Fold& fold) {
     const int64_t chunks = fold.chunks(), q = fold.summed_n;
     int32_t across = 1;
     while (across < chunks && (across < 8 || (across < kThreads && kThreads / across >= 2 * q))) across *= 2;
     const int64_t groups = ceil_div(chunks, across), deep = kThreads / across;
-    int64_t slabs = groups > 0 ? resident_blocks(per_sm) / groups : 1;
+    int64_t slabs = groups > 0 ? resident_blocks(kColumnBlocks) / groups : 1;
     if (slabs > ceil_div(q, 4 * deep)) slabs = ceil_div(q, 4 * deep);
     if (slabs < 1) slabs = 1;
     const int64_t slab = ceil_div(ceil_div(q, slabs), deep) * deep;
@@ -220,7 +226,7 @@ __device__ __forceinline__ void sum_down(double (&table)[kRows][kThreads], int a
 }
 
 template <class Step>
-__global__ void __launch_bounds__(kThreads, Step::kFoldBlocks)
+__global__ void __launch_bounds__(kThreads, kColumnBlocks)
     columns_kernel(const __grid_constant__ typename Step::Call call, const __grid_constant__ Fold fold,
                    const Columns columns, const __grid_constant__ Sums sums) {
   using C = Compute<typename Step::T>;
@@ -280,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, Step::kFoldBlocks)
 
 // Bytes of partial sums, at most.
 inline int64_t partials_of(const Fold& fold, int outputs) {
-  const int64_t parts = fold.in_rows() ? Rows::plan(fold).tiles : Columns::plan(fold, kMostBlocksPerSm).slabs;
+  const int64_t parts = fold.in_rows() ? Rows::plan(fold).tiles : Columns::plan(fold).slabs;
   return parts > 1 ? outputs * fold.kept_n * parts * static_cast<int64_t>(sizeof(double)) : 0;
 }
 
@@ -295,11 +301,11 @@ template <class Step>
 int launch_fold(const typename Step::Call& call, const Fold& fold, const Sums& sums, CUstream_st* stream) {
   if (fold.in_rows()) {
     const Rows rows = Rows::plan(fold);
-    const unsigned grid = grid_for(ceil_div(fold.kept_n * rows.tiles, kThreads / rows.team), Step::kFoldBlocks);
+    const unsigned grid = grid_for(ceil_div(fold.kept_n * rows.tiles, kThreads / rows.team), kRowBlocks<Step>);
     VAEOPS_LAUNCH((rows_kernel<Step>), grid, kThreads, stream, call, fold, rows, sums);
   } else {
-    const Columns columns = Columns::plan(fold, Step::kFoldBlocks);
-    const unsigned grid = grid_for(columns.groups * columns.slabs, Step::kFoldBlocks);
+    const Columns columns = Columns::plan(fold);
+    const unsigned grid = grid_for(columns.groups * columns.slabs, kColumnBlocks);
     VAEOPS_LAUNCH((columns_kernel<Step>), grid, kThreads, stream, call, fold, columns, sums);
   }
   return static_cast<int>(cudaGetLastError());

@@ -5,6 +5,13 @@
 
 namespace vaeops::cuda {
 
+// How a kernel finds its elements, and what it need not ask.
+enum class Path {
+  plain,    // linear memory, whole chunks; N(0, I), log-variance, no clamp, noise from a seed
+  linear,   // linear memory, whole chunks
+  strided,  // anything
+};
+
 // A call as its kernel takes it: `scale` is 1 / (what the reduction divides by).
 template <class Host, class C>
 struct Scaled : Host {
@@ -45,14 +52,17 @@ __device__ __forceinline__ C half_chain(C rho, Param param) {
 }
 
 // The noise of four elements at logical index i, in linear memory or at the head of a Philox block.
-template <class C>
+template <Path kPath, class C>
 __device__ __forceinline__ void noise_quad(const Gaussian& call, int64_t i, const int64_t* seed, int64_t position,
                                            C (&eps)[4]) {
-  float normal[4] = {};
-  if (call.eps.data == nullptr) draw(seed, position / 4, normal);
+  if (kPath == Path::plain || call.eps.data == nullptr) {
+    float normal[4];
+    draw(seed, position / 4, normal);
 #pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    eps[e] = call.eps.data != nullptr ? load_any<C>(call.eps, i + e) : static_cast<C>(normal[e]);
+    for (int e = 0; e < 4; ++e) eps[e] = static_cast<C>(normal[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) eps[e] = load_any<C>(call.eps, i + e);
   }
 }
 

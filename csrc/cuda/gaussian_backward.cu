@@ -12,47 +12,46 @@ struct Gradients {
 
 // gz: the gradient of z, times `shift` = temperature * eps the gradient of sigma. weight: the gradient of the element's
 // KL.
-template <bool kPrior, class C>
+template <Path kPath, class C>
 __device__ __forceinline__ Gradients<C> element(const Prepared<GaussianBackward, C>& call, C mu, C raw, C gz, C shift,
                                                 C weight, C prior_mu, C prior_rho) {
-  const C rho = call.clamp(raw);
-  const C lv = log_variance(rho, call.param), chain = half_chain(rho, call.param);
+  constexpr bool kPlain = kPath == Path::plain;
+  const Param param = kPlain ? Param::logvar : call.param;
+  const C rho = kPlain ? raw : call.clamp(raw), lv = log_variance(rho, param), chain = half_chain(rho, param);
   const Exp<C> q = exp_parts(lv);
   Gradients<C> g = {gz, 0, 0, 0};
   // Absent gradients add no term: zero times an infinite sigma would be NaN.
-  if (call.gz.data != nullptr) g.rho = call.param == Param::std ? shift * gz : shift * gz * q.sigma * chain;
-  if (call.gkl.data != nullptr) {
-    if (kPrior) {
-      const C prior_lv = log_variance(prior_rho, call.param);
-      const C inverse = reciprocal_sigma(prior_rho, prior_lv, call.param);
+  if (kPlain || call.gz.data != nullptr) g.rho = param == Param::std ? shift * gz : shift * gz * q.sigma * chain;
+  if (kPlain || call.gkl.data != nullptr) {
+    if (!kPlain && call.prior_mu.data != nullptr) {
+      const C prior_lv = log_variance(prior_rho, param);
+      const C inverse = reciprocal_sigma(prior_rho, prior_lv, param);
       const C t = (mu - prior_mu) * inverse, growth = exp_parts(lv - prior_lv).expm1;
       const C pull = weight * (t * inverse);
       g.mu += pull;
       g.rho = fused(weight * chain, growth, g.rho);
       g.prior_mu = -pull;
-      g.prior_rho = -weight * half_chain(prior_rho, call.param) * fused(t, t, growth);
+      g.prior_rho = -weight * half_chain(prior_rho, param) * fused(t, t, growth);
     } else {
       g.mu = fused(weight, mu, gz);
       g.rho = fused(weight * chain, q.expm1, g.rho);
     }
   }
-  if (!call.inside(raw)) g.rho = 0;
+  if (!kPlain && !call.inside(raw)) g.rho = 0;
   return g;
 }
 
-// A Step of fold.cuh whose outputs are the prior's gradients. kLinear: whole chunks in linear memory; otherwise any
-// strides, and kPrior is decided at run time.
-template <class Storage, bool kLinear, bool kPrior>
+// A Step of fold.cuh whose outputs are the prior's gradients. Path::plain has both gz and a scalar gkl.
+template <class Storage, Path kPath>
 struct Backward {
   using T = Storage;
   using C = Compute<T>;
   using Call = Prepared<GaussianBackward, C>;
-  static constexpr int kOutputs = 2, kBlocks = sizeof(C) == 8 ? 2 : kPrior ? 3 : 4;
-  [[maybe_unused]] static constexpr int kFoldBlocks = 2;  // only a prior's gradient folds
+  static constexpr int kOutputs = 2, kBlocks = sizeof(C) == 8 ? 2 : 3;
 
   template <class Sink>
   static __device__ __forceinline__ void run(const Call& call, int64_t i, int count, Sink sink) {
-    if constexpr (kLinear) {
+    if constexpr (kPath != Path::strided) {
       linear(call, i, sink);
     } else {
       strided(call, i, count, sink);
@@ -61,29 +60,32 @@ struct Backward {
 
   template <class Sink>
   static __device__ __forceinline__ void linear(const Call& call, int64_t i, Sink sink) {
+    constexpr bool kPlain = kPath == Path::plain;
+    const bool prior = !kPlain && call.prior_mu.data != nullptr, sampled = kPlain || call.gz.data != nullptr;
     C mu[kChunk], rho[kChunk], gz[kChunk] = {};
     load_chunk<T>(call.mu.data, i, mu);
     load_chunk<T>(call.rho.data, i, rho);
-    if (call.gz.data != nullptr) load_chunk<T>(call.gz.data, i, gz);
+    if (sampled) load_chunk<T>(call.gz.data, i, gz);
     int64_t position = 0, at[3] = {};
     const int64_t* seed = call.noise.seed != nullptr ? stream_of(call.noise, call.shape.n, i, position) : nullptr;
-    locate(call.shape, i, at, call.gkl, call.prior_mu, call.prior_rho);
+    if (!kPlain) locate(call.shape, i, at, call.gkl, call.prior_mu, call.prior_rho);
 #pragma unroll
     for (int quad = 0; quad < kChunk; quad += 4) {
       C eps[4] = {};
-      if (call.gz.data != nullptr) noise_quad(call, i + quad, seed, position + quad, eps);
+      if (sampled) noise_quad<kPath>(call, i + quad, seed, position + quad, eps);
 #pragma unroll
       for (int e = quad; e < quad + 4; ++e) {
         C weight = 0, prior_mu = 0, prior_rho = 0;
-        if (call.gkl.data != nullptr) {
-          weight = load<C>(call.gkl, at[0] + e * inner_stride(call.shape, call.gkl)) * call.scale;
+        if (kPlain || call.gkl.data != nullptr) {
+          const int64_t step = kPlain ? 0 : inner_stride(call.shape, call.gkl);
+          weight = load<C>(call.gkl, at[0] + e * step) * call.scale;
         }
-        if (kPrior) {
+        if (prior) {
           prior_mu = load_any<C>(call.prior_mu, at[1] + e * inner_stride(call.shape, call.prior_mu));
           prior_rho = load_any<C>(call.prior_rho, at[2] + e * inner_stride(call.shape, call.prior_rho));
         }
         const Gradients<C> g =
-            element<kPrior>(call, mu[e], rho[e], gz[e], call.temp * eps[e - quad], weight, prior_mu, prior_rho);
+            element<kPath>(call, mu[e], rho[e], gz[e], call.temp * eps[e - quad], weight, prior_mu, prior_rho);
         mu[e] = g.mu;
         rho[e] = g.rho;
         sink(0, e, g.prior_mu);
@@ -111,10 +113,9 @@ struct Backward {
                                                       : static_cast<C>(noise.at(call.noise, call.shape.n, i + e)));
       }
       if (call.gkl.data != nullptr) weight = load<C>(call.gkl, walk.at[6]) * call.scale;
-      const Gradients<C> g =
-          prior ? element<true>(call, mu, rho, gz, shift, weight, load_any<C>(call.prior_mu, walk.at[2]),
-                                load_any<C>(call.prior_rho, walk.at[3]))
-                : element<false>(call, mu, rho, gz, shift, weight, C(0), C(0));
+      const C prior_mu = prior ? load_any<C>(call.prior_mu, walk.at[2]) : C(0);
+      const C prior_rho = prior ? load_any<C>(call.prior_rho, walk.at[3]) : C(0);
+      const Gradients<C> g = element<kPath>(call, mu, rho, gz, shift, weight, prior_mu, prior_rho);
       store<T>(call.gmu, walk.at[7], g.mu);
       store<T>(call.grho, walk.at[8], g.rho);
       sink(0, e, g.prior_mu);
@@ -144,6 +145,11 @@ bool linear(const GaussianBackward& call) {
          vectorizable(call.grho) && (call.eps.data == nullptr || call.eps.linear) &&
          constant_stride(call.shape, call.gkl) && constant_stride(call.shape, call.prior_mu) &&
          constant_stride(call.shape, call.prior_rho) && whole_blocks(call.noise, call.shape.n);
+}
+
+bool plain(const GaussianBackward& call) {
+  return call.prior_mu.data == nullptr && call.param == Param::logvar && !call.clamped && call.gz.data != nullptr &&
+         call.eps.data == nullptr && call.gkl.data != nullptr && is_scalar(call.reduction);
 }
 
 int zero(void* data, int64_t elements, Dtype dtype, CUstream_st* stream) {
@@ -183,11 +189,11 @@ int gaussian_backward(const GaussianBackward& call, Scratch scratch, CUstream_st
     // fp64 is for checks: it has the strided kernels only.
     if constexpr (sizeof(T) < 8) {
       if (linear(call)) {
-        if (call.prior_mu.data != nullptr) return launch_backward<Backward<T, true, true>>(prepared, scratch, stream);
-        return launch_flat<Backward<T, true, false>>(prepared, Sums{}, stream);
+        return plain(call) ? launch_flat<Backward<T, Path::plain>>(prepared, Sums{}, stream)
+                           : launch_backward<Backward<T, Path::linear>>(prepared, scratch, stream);
       }
     }
-    return launch_backward<Backward<T, false, true>>(prepared, scratch, stream);
+    return launch_backward<Backward<T, Path::strided>>(prepared, scratch, stream);
   });
 }
 

@@ -12,7 +12,7 @@ struct Forward {
   using T = Storage;
   using C = Compute<T>;
   using Call = LogProbForward;
-  static constexpr int kOutputs = 1, kBlocks = sizeof(C) == 8 ? 2 : 4, kFoldBlocks = sizeof(C) == 8 ? 2 : 3;
+  static constexpr int kOutputs = 1, kBlocks = sizeof(C) == 8 ? 2 : 4;
 
   static __device__ __forceinline__ C element(const Call& call, C x, C mu, C rho) {
     const C lv = log_variance(rho, call.param);

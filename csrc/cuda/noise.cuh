@@ -19,11 +19,12 @@ __device__ __forceinline__ Words philox(uint64_t key, uint32_t c0, uint32_t c1, 
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0, p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(p1);
-    c3 = static_cast<uint32_t>(p0);
+    const uint32_t high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
+    const uint32_t high1 = __umulhi(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
+    c0 = high1 ^ c1 ^ k0;
+    c2 = high0 ^ c3 ^ k1;
+    c1 = low1;
+    c3 = low0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
@@ -110,8 +111,8 @@ struct Exp {
   C gap;    // exp(x) - 1 - x
 };
 
-__device__ __forceinline__ float power_of_two(float exponent) {  // an integer in [-126, 127]
-  return __uint_as_float(static_cast<uint32_t>(static_cast<int32_t>(exponent) + 127) << 23);
+__device__ __forceinline__ float power_of_two(int32_t exponent) {  // in [-126, 127]
+  return __uint_as_float((static_cast<uint32_t>(exponent) + 127u) << 23);
 }
 
 // h = x / 2 = j ln 2 + f, exp(f) = 1 + f + r with r a polynomial times f^2: exp(h) - 1 - h then needs no subtraction of
@@ -120,18 +121,20 @@ __device__ __forceinline__ Exp<float> exp_parts(float x) {
   const float h = __fmul_rn(0.5f, x);
   const float h1 = h > 89.0f ? 89.0f : h;  // exp(89) overflows; written so that NaN stays
   const float hc = h1 < -104.0f ? -104.0f : h1;
-  const float j = rintf(__fmul_rn(hc, 1.44269504f));
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits: no conversions, which are slow.
+  const float shifted = __fadd_rn(__fmul_rn(hc, 1.44269504f), 12582912.0f);
+  const float j = __fadd_rn(shifted, -12582912.0f);
+  const int32_t power = static_cast<int32_t>(__float_as_uint(shifted) - 0x4B400000u);
   const float f = __fmaf_rn(-j, 1.42860677e-6f, __fmaf_rn(-j, 0.693145752f, hc));
   const float q = poly(f, 1.37805939e-3f, 8.37312452e-3f, 4.16695364e-2f, 1.66664720e-1f, 4.99999851e-1f);
   const float r = __fmul_rn(q, __fmul_rn(f, f));
   // exp(h) may be subnormal or overflow: the power of two is applied in two normal factors.
-  const float jk = fminf(fmaxf(j, -126.0f), 127.0f);
-  const float rest = fminf(fmaxf(__fadd_rn(j, -jk), -24.0f), 1.0f);
-  const float scale = power_of_two(jk);
+  const int32_t first = power < -126 ? -126 : power > 127 ? 127 : power;
+  const float scale = power_of_two(first);
   const float m1 = __fmaf_rn(scale, f, __fadd_rn(scale, -1.0f));
   const float u = __fmaf_rn(scale, r, m1);                   // exp(h) - 1
   const float gh = __fmaf_rn(scale, r, __fadd_rn(m1, -h1));  // exp(h) - 1 - h
-  return {__fmul_rn(__fmul_rn(__fadd_rn(1.0f, __fadd_rn(f, r)), scale), power_of_two(rest)),
+  return {__fmul_rn(__fmul_rn(__fadd_rn(1.0f, __fadd_rn(f, r)), scale), power_of_two(power - first)),
           __fmul_rn(u, __fadd_rn(u, 2.0f)), __fmaf_rn(u, u, __fmul_rn(2.0f, gh))};
 }
 

@@ -2,10 +2,6 @@
 
 from .latent import (
     GaussianLatent as GaussianLatent,
-)
-from .latent import (
     KLSchedule as KLSchedule,
-)
-from .latent import (
     PosteriorMonitor as PosteriorMonitor,
 )

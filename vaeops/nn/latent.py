@@ -116,7 +116,8 @@ class PosteriorMonitor(nn.Module):
 
     A unit is active when the variance over the data of its posterior mean exceeds `threshold` (Burda et al.,
     2016). Averages run over every sample since `reset`; the network moves meanwhile, so reset every epoch.
-    Each process of a data-parallel run keeps its own.
+    Each process of a data-parallel run keeps its own; leave the monitor outside the module that
+    DistributedDataParallel wraps, since it broadcasts the buffers inside.
 
     Args:
         shape: D, or the latent's shape [*E].
@@ -136,6 +137,16 @@ class PosteriorMonitor(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         for name in ("kl", "mean", "m2"):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
+
+    def _apply(self, fn, recurse=True):
+        """Moves with the model, but stays fp32 under .half() and .bfloat16()."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype is not buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
 
     @torch.no_grad()
     def update(self, mu: Tensor, kl_dim: Tensor) -> None:

@@ -121,7 +121,7 @@ def _means(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
 def benchmark_bars(
     path: Path, title: str, rows: Sequence[tuple[str, float, float]], names: tuple[str, str]
 ) -> None:
-    """rows: (size, eager ms, ours ms), shortest first; names: of the two. The ratio stands at the right."""
+    """rows: (op and size, eager ms, ours ms); names: of the two. The ratio stands at the right."""
     with _figure(path, title, (8.6, 0.75 * len(rows) + 1.7)) as figure:
         axes = figure.subplots()
         place = np.arange(len(rows))

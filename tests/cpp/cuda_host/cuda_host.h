@@ -122,6 +122,7 @@ inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsqrt_rn(float a) { return sqrtf(a); }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
 inline float __uint_as_float(uint32_t bits) { return cuda_host::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float x) { return cuda_host::bit_cast<uint32_t>(x); }
 

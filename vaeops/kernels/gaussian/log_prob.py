@@ -45,7 +45,7 @@ def forward_kernel(
             total += element
     if AXIS == "all" or AXIS == "columns":
         store_sum(total, out, partial, group, chunk, chunks, cols, scale, AXIS, R, C)
-        if chunks > 1:  # noqa: SIM102 (`and` would call both)
+        if chunks > 1:
             if arrive(ticket, group, chunks):
                 collect(out, partial, group, chunks, cols, scale, AXIS, R, C)
                 release(ticket, group)

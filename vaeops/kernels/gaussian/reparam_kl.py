@@ -79,7 +79,7 @@ def forward_kernel(
                 total += element
     if kl is not None and (AXIS == "all" or AXIS == "columns"):
         store_sum(total, kl, partial, group, chunk, chunks, cols, scale, AXIS, R, C)
-        if chunks > 1:  # noqa: SIM102 (`and` would call both)
+        if chunks > 1:
             if arrive(ticket, group, chunks):
                 collect(kl, partial, group, chunks, cols, scale, AXIS, R, C)
                 release(ticket, group)
@@ -162,7 +162,7 @@ def backward_kernel(
     if gprior_mu is not None and (AXIS == "all" or AXIS == "columns"):
         store_sum(total_m, gprior_mu, partial, group, chunk, chunks, cols, 1.0, AXIS, R, C)
         store_sum(total_r, gprior_rho, partial_rho, group, chunk, chunks, cols, 1.0, AXIS, R, C)
-        if chunks > 1:  # noqa: SIM102 (`and` would call both)
+        if chunks > 1:
             if arrive(ticket, group, chunks):
                 collect(gprior_mu, partial, group, chunks, cols, 1.0, AXIS, R, C)
                 collect(gprior_rho, partial_rho, group, chunks, cols, 1.0, AXIS, R, C)
