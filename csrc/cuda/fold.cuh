@@ -7,8 +7,8 @@
 // A Step does the work of 8 consecutive logical elements:
 //     using Call, T;  kOutputs: values to sum per element;  kBlocks: per multiprocessor
 //     run(call, i, count, sink): elements [i, i + count), count <= 8; gives every value to sink(output, e, value)
-// Sums are fp64 (one addition in tens of instructions), in an order that depends on shapes alone, without float atomics.
-// Where blocks share a sum, each leaves a partial sum and the last one to arrive adds them in index order.
+// Sums are fp64 (one addition in tens of instructions), in an order that depends on shapes alone, without float
+// atomics. Where blocks share a sum, each leaves a partial sum and the last one to arrive adds them in index order.
 #pragma once
 #include "operand.cuh"
 
@@ -17,7 +17,7 @@ namespace vaeops::cuda {
 // Where sums go: out[k] holds count elements of the compute type.
 struct Sums {
   void* out[2] = {nullptr, nullptr};  // null: not wanted
-  double scale = 1;  // multiplies every sum
+  double scale = 1;                   // multiplies every sum
   double* partials = nullptr;
   uint32_t* tickets = nullptr;  // [kTickets]
 };
@@ -116,8 +116,8 @@ __device__ __forceinline__ int64_t place(const Fold& fold, int64_t p, int64_t q)
   return i;
 }
 
-// A row is summed by a team of 8, 32 or 256 threads, the long ones in tiles of kTile chunks. Both depend on the row's length
-// alone: a row's sum does not depend on how many rows there are.
+// A row is summed by a team of 8, 32 or 256 threads, the long ones in tiles of kTile chunks. Both depend on the row's
+// length alone: a row's sum does not depend on how many rows there are.
 constexpr int64_t kTile = 1024;
 
 struct Rows {
@@ -127,14 +127,18 @@ struct Rows {
 
   static Rows plan(const Fold& fold) {
     const int64_t chunks = fold.chunks();
-    return {chunks <= 8 ? 8 : chunks <= 256 ? kWarp : kThreads, chunks <= kTile ? 1 : ceil_div(chunks, kTile),
-            ceil_div(fold.kept_n, kTickets)};
+    return {chunks <= 8     ? 8
+            : chunks <= 256 ? kWarp
+                            : kThreads,
+            chunks <= kTile ? 1 : ceil_div(chunks, kTile), ceil_div(fold.kept_n, kTickets)};
   }
 };
 
 // Blocks per multiprocessor: the walk's own index arithmetic takes registers beside the Step's.
 template <class Step>
-constexpr int kRowBlocks = Step::kOutputs > 1 ? 2 : Step::kBlocks < 3 ? Step::kBlocks : 3;
+constexpr int kRowBlocks = Step::kOutputs > 1  ? 2
+                           : Step::kBlocks < 3 ? Step::kBlocks
+                                               : 3;
 constexpr int kColumnBlocks = 2;
 
 template <class Step>

@@ -16,8 +16,7 @@ enum class Path {
 template <class Host, class C>
 struct Scaled : Host {
   C scale;
-  explicit Scaled(const Host& host)
-      : Host(host), scale(static_cast<C>(reduction_scale(host.reduction, host.shape))) {}
+  explicit Scaled(const Host& host) : Host(host), scale(static_cast<C>(reduction_scale(host.reduction, host.shape))) {}
 };
 
 // The same with the options' numbers in the compute type.
@@ -105,8 +104,8 @@ int launch_forward(const typename Step::Call& call, void* out, const Scratch& sc
 
 // Rows are whole chunks, where the reduction walks along or across them.
 inline bool whole_rows(const Shape& shape, Reduction reduction) {
-  return shape.n % kChunk == 0 && ((reduction != Reduction::dim && reduction != Reduction::sample) ||
-                                   row_length(shape) % kChunk == 0);
+  return shape.n % kChunk == 0 &&
+         ((reduction != Reduction::dim && reduction != Reduction::sample) || row_length(shape) % kChunk == 0);
 }
 
 }  // namespace vaeops::cuda

@@ -1,4 +1,5 @@
-// Gradients of the Gaussian step; the noise is made again from the seed. Formulas: vaeops/ref/gaussian.py (gaussian_bwd).
+// Gradients of the Gaussian step; the noise is made again from the seed. Formulas: vaeops/ref/gaussian.py
+// (gaussian_bwd).
 #include "gaussian.cuh"
 
 namespace vaeops::cuda {
@@ -9,7 +10,8 @@ struct Gradients {
   C mu, rho, prior_mu, prior_rho;
 };
 
-// gz: the gradient of z, times `shift` = temperature * eps the gradient of sigma. weight: the gradient of the element's KL.
+// gz: the gradient of z, times `shift` = temperature * eps the gradient of sigma. weight: the gradient of the element's
+// KL.
 template <Path kPath, class C>
 __device__ __forceinline__ Gradients<C> element(const Prepared<GaussianBackward, C>& call, C mu, C raw, C gz, C shift,
                                                 C weight, C prior_mu, C prior_rho) {
@@ -101,15 +103,14 @@ struct Backward {
     NoiseWalk noise;
 #pragma unroll 1
     for (int e = 0; e < count; ++e) {
-      walk.to(call.shape, i + e, call.mu, call.rho, call.prior_mu, call.prior_rho, call.eps, call.gz, call.gkl, call.gmu,
-              call.grho);
+      walk.to(call.shape, i + e, call.mu, call.rho, call.prior_mu, call.prior_rho, call.eps, call.gz, call.gkl,
+              call.gmu, call.grho);
       const C mu = load<T>(call.mu, walk.at[0]), rho = load<T>(call.rho, walk.at[1]);
       C gz = 0, shift = 0, weight = 0;
       if (sampled) {
         gz = load<T>(call.gz, walk.at[5]);
-        shift = call.temp *
-                (call.eps.data != nullptr ? load_any<C>(call.eps, walk.at[4])
-                                          : static_cast<C>(noise.at(call.noise, call.shape.n, i + e)));
+        shift = call.temp * (call.eps.data != nullptr ? load_any<C>(call.eps, walk.at[4])
+                                                      : static_cast<C>(noise.at(call.noise, call.shape.n, i + e)));
       }
       if (call.gkl.data != nullptr) weight = load<C>(call.gkl, walk.at[6]) * call.scale;
       const C prior_mu = prior ? load_any<C>(call.prior_mu, walk.at[2]) : C(0);
@@ -136,9 +137,7 @@ bool wants_prior(const GaussianBackward& call) {
 }
 
 // The prior's gradient takes a walk of its own; without a gradient of the KL, or without elements, it is zero.
-bool folds(const GaussianBackward& call) {
-  return wants_prior(call) && call.gkl.data != nullptr && call.shape.n > 0;
-}
+bool folds(const GaussianBackward& call) { return wants_prior(call) && call.gkl.data != nullptr && call.shape.n > 0; }
 
 bool linear(const GaussianBackward& call) {
   return call.shape.n % kChunk == 0 && (!folds(call) || prior_fold(call).inner() % kChunk == 0) &&

@@ -110,9 +110,7 @@ bool linear(const GaussianForward& call) {
 
 }  // namespace
 
-int64_t gaussian_forward_scratch(const GaussianForward& call) {
-  return forward_scratch(call.shape, call.reduction);
-}
+int64_t gaussian_forward_scratch(const GaussianForward& call) { return forward_scratch(call.shape, call.reduction); }
 
 int gaussian_forward(const GaussianForward& call, Scratch scratch, CUstream_st* stream) {
   return dispatch(call.mu.dtype, [&](auto type) {

@@ -38,8 +38,8 @@ struct Forward {
 #pragma unroll 1
       for (int e = 0; e < count; ++e) {
         walk.to(call.shape, i + e, call.x, call.mu, call.rho);
-        const C value = element(call, load<T>(call.x, walk.at[0]), load<T>(call.mu, walk.at[1]),
-                                load<T>(call.rho, walk.at[2]));
+        const C value =
+            element(call, load<T>(call.x, walk.at[0]), load<T>(call.mu, walk.at[1]), load<T>(call.rho, walk.at[2]));
         if (call.reduction == Reduction::none) static_cast<C*>(call.out)[i + e] = value;
         sink(0, e, value);
       }
@@ -74,7 +74,8 @@ struct Backward {
       locate(call.shape, i, at, call.grad);
       const int64_t step = inner_stride(call.shape, call.grad);
 #pragma unroll
-      for (int e = 0; e < kChunk; ++e) element(call, load<C>(call.grad, at[0] + e * step) * call.scale, x[e], mu[e], rho[e]);
+      for (int e = 0; e < kChunk; ++e)
+        element(call, load<C>(call.grad, at[0] + e * step) * call.scale, x[e], mu[e], rho[e]);
       store_chunk<T>(call.gx.data, i, x);
       store_chunk<T>(call.gmu.data, i, mu);
       store_chunk<T>(call.grho.data, i, rho);
@@ -97,9 +98,7 @@ bool linear(const LogProb& call) { return vectorizable(call.x) && vectorizable(c
 
 }  // namespace
 
-int64_t log_prob_forward_scratch(const LogProbForward& call) {
-  return forward_scratch(call.shape, call.reduction);
-}
+int64_t log_prob_forward_scratch(const LogProbForward& call) { return forward_scratch(call.shape, call.reduction); }
 
 int log_prob_forward(const LogProbForward& call, Scratch scratch, CUstream_st* stream) {
   return dispatch(call.x.dtype, [&](auto type) {

@@ -132,8 +132,8 @@ __device__ __forceinline__ Exp<float> exp_parts(float x) {
   const int32_t first = power < -126 ? -126 : power > 127 ? 127 : power;
   const float scale = power_of_two(first);
   const float m1 = __fmaf_rn(scale, f, __fadd_rn(scale, -1.0f));
-  const float u = __fmaf_rn(scale, r, m1);                     // exp(h) - 1
-  const float gh = __fmaf_rn(scale, r, __fadd_rn(m1, -h1));    // exp(h) - 1 - h
+  const float u = __fmaf_rn(scale, r, m1);                   // exp(h) - 1
+  const float gh = __fmaf_rn(scale, r, __fadd_rn(m1, -h1));  // exp(h) - 1 - h
   return {__fmul_rn(__fmul_rn(__fadd_rn(1.0f, __fadd_rn(f, r)), scale), power_of_two(power - first)),
           __fmul_rn(u, __fadd_rn(u, 2.0f)), __fmaf_rn(u, u, __fmul_rn(2.0f, gh))};
 }

@@ -1,5 +1,5 @@
-// Reading and writing the operands of a call: 8 neighbouring elements as 16-byte vectors where memory is linear, element
-// by element through strides elsewhere.
+// Reading and writing the operands of a call: 8 neighbouring elements as 16-byte vectors where memory is linear,
+// element by element through strides elsewhere.
 #pragma once
 #include "common.cuh"
 

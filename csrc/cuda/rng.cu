@@ -33,9 +33,9 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t* parent = seed + i * seed_stride;
     const uint64_t offset = static_cast<uint64_t>(parent[1]), place = static_cast<uint64_t>(index[i * index_stride]);
     // The top bit is what the noise stream never sets: derived seeds never meet drawn noise.
-    const Words w = philox(static_cast<uint64_t>(parent[0]), static_cast<uint32_t>(offset),
-                           static_cast<uint32_t>(offset >> 32), static_cast<uint32_t>(place),
-                           static_cast<uint32_t>(place >> 32) | 0x80000000u);
+    const Words w =
+        philox(static_cast<uint64_t>(parent[0]), static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32),
+               static_cast<uint32_t>(place), static_cast<uint32_t>(place >> 32) | 0x80000000u);
     child[2 * i] = static_cast<int64_t>(w.x[0] | static_cast<uint64_t>(w.x[1]) << 32);
     child[2 * i + 1] = static_cast<int64_t>(w.x[2] | static_cast<uint64_t>(w.x[3]) << 32);
   }

@@ -7,16 +7,16 @@ namespace vaeops::test {
 inline int failures = 0;
 inline int checks = 0;
 
-#define CHECK(condition, ...)                                                   \
-  do {                                                                          \
-    ++vaeops::test::checks;                                                     \
-    if (!(condition)) {                                                         \
-      if (++vaeops::test::failures <= 20) {                                     \
-        std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition);    \
-        std::fprintf(stderr, __VA_ARGS__);                                      \
-        std::fprintf(stderr, "\n");                                             \
-      }                                                                         \
-    }                                                                           \
+#define CHECK(condition, ...)                                                \
+  do {                                                                       \
+    ++vaeops::test::checks;                                                  \
+    if (!(condition)) {                                                      \
+      if (++vaeops::test::failures <= 20) {                                  \
+        std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+        std::fprintf(stderr, __VA_ARGS__);                                   \
+        std::fprintf(stderr, "\n");                                          \
+      }                                                                      \
+    }                                                                        \
   } while (false)
 
 inline int report() {

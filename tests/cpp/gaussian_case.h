@@ -167,16 +167,17 @@ struct Expected {
   }
 };
 
-// |ours - reference| within `ulps` roundoffs of the compute type at the size of the numbers that went in, and one rounding
-// to the result's own type.
+// |ours - reference| within `ulps` roundoffs of the compute type at the size of the numbers that went in, and one
+// rounding to the result's own type.
 inline void compare(const char* what, const Problem& p, const Tensor& ours, const std::vector<double>& reference,
                     const Sizes& stride, const Sizes& shape, double ulps, double size) {
   const double inner = ulps * roundoff(compute(ours.dtype));
   for (size_t i = 0; i < reference.size(); ++i) {
     const double got = ours.at(offset_of(shape, stride, static_cast<int64_t>(i))), want = reference[i];
-    const double allowed = inner * (size + std::fabs(want)) + roundoff(ours.dtype) * std::fabs(want) + smallest(ours.dtype);
-    CHECK(std::fabs(got - want) <= allowed, "%s[%zu]: %.9g, should be %.9g (allowed %.2g): %s", what, i, got, want, allowed,
-          p.c.name().c_str());
+    const double allowed =
+        inner * (size + std::fabs(want)) + roundoff(ours.dtype) * std::fabs(want) + smallest(ours.dtype);
+    CHECK(std::fabs(got - want) <= allowed, "%s[%zu]: %.9g, should be %.9g (allowed %.2g): %s", what, i, got, want,
+          allowed, p.c.name().c_str());
   }
 }
 

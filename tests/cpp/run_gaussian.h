@@ -40,7 +40,8 @@ inline GaussianForward forward_call(const Problem& p, Results& r) {
   const Case& c = p.c;
   if (c.sampled) r.z = make(c.shape, c.dtype, c.layout);
   r.kl = make({p.reduced_n()}, compute(c.dtype));
-  const Merge merge(c.shape, {p.mu.stride, p.rho.stride, p.prior_mu.stride, p.prior_rho.stride, p.eps.stride, r.z.stride});
+  const Merge merge(c.shape,
+                    {p.mu.stride, p.rho.stride, p.prior_mu.stride, p.prior_rho.stride, p.eps.stride, r.z.stride});
   GaussianForward call{};
   p.set(call);
   call.shape = merge.shape(p.n, p.rows);
@@ -71,8 +72,8 @@ inline GaussianBackward backward_call(const Problem& p, Results& r) {
     r.gprior_rho = make(c.shape, compute(c.dtype), Layout::contiguous, c.prior_kept);
     r.prior_stride = r.gprior_mu.stride;
   }
-  const Merge merge(c.shape, {p.mu.stride, p.rho.stride, p.prior_mu.stride, p.prior_rho.stride, p.eps.stride, p.gz.stride,
-                              p.gkl.stride, r.gmu.stride, r.grho.stride, r.prior_stride});
+  const Merge merge(c.shape, {p.mu.stride, p.rho.stride, p.prior_mu.stride, p.prior_rho.stride, p.eps.stride,
+                              p.gz.stride, p.gkl.stride, r.gmu.stride, r.grho.stride, r.prior_stride});
   GaussianBackward call{};
   p.set(call);
   call.shape = merge.shape(p.n, p.rows);
@@ -154,7 +155,8 @@ inline void serially(int64_t n, void (*body)(void*, int64_t, int64_t), void* con
   if (n > 0) body(context, 0, n);
 }
 
-// The C++ kernels of every instruction set that the machine has: right values, and z the same bits as from CUDA's source.
+// The C++ kernels of every instruction set that the machine has: right values, and z the same bits as from CUDA's
+// source.
 inline void check_cpu(const Case& c) {
   const Problem p(c);
   Results host;

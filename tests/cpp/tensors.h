@@ -42,7 +42,7 @@ inline double read(const char* at, Dtype dtype) {
     std::memcpy(&half, at, 2);
     if (dtype == Dtype::f16) {
       const int exponent = half >> 10 & 31, mantissa = half & 0x3FF;
-      const double size = exponent == 31 ? (mantissa != 0 ? NAN : INFINITY)
+      const double size = exponent == 31  ? (mantissa != 0 ? NAN : INFINITY)
                           : exponent == 0 ? std::ldexp(mantissa, -24)
                                           : std::ldexp(mantissa + 1024, exponent - 25);
       return (half & 0x8000) != 0 ? -size : size;
@@ -77,8 +77,8 @@ inline void write(char* at, Dtype dtype, double x) {
 
 enum class Layout { contiguous, transposed, misaligned };
 
-// A tensor seen through the logical shape of a call: stride 0 where it is broadcast. Its memory is exactly as long as its
-// elements, so that a sanitizer sees any access past them.
+// A tensor seen through the logical shape of a call: stride 0 where it is broadcast. Its memory is exactly as long as
+// its elements, so that a sanitizer sees any access past them.
 struct Tensor {
   Dtype dtype = Dtype::f32;
   Sizes stride;  // per logical dim; empty: absent
@@ -151,6 +151,11 @@ struct Merge {
         if (!even) strides[k].push_back(operands[k][d]);
       }
     }
+    if (!sizes.empty()) return;
+    sizes.push_back(1);  // a call has one dim at least
+    for (size_t k = 0; k < operands.size(); ++k) {
+      if (!operands[k].empty()) strides[k].push_back(0);
+    }
   }
   Shape shape(int64_t n, int64_t rows) const {
     Shape s{};
@@ -168,7 +173,7 @@ struct Merge {
     int64_t step = 1;
     for (size_t d = strides[k].size(); d-- > 0;) {
       o.stride[d] = strides[k][d];
-      o.linear = o.linear && strides[k][d] == step;
+      o.linear = o.linear && (strides[k][d] == step || sizes[d] == 1);
       step *= sizes[d];
     }
     return o;

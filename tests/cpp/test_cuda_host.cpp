@@ -1,4 +1,5 @@
-// The CUDA kernels' own sources, run on the CPU (cuda_host/), against fp64 and against themselves in other thread orders.
+// The CUDA kernels' own sources, run on the CPU (cuda_host/), against fp64 and against themselves in other thread
+// orders.
 #include "cuda/noise.cuh"
 #include "run_gaussian.h"
 
@@ -24,8 +25,9 @@ void test_philox() {
 // Bits that vaeops.ref.rng gives.
 void test_noise_bits() {
   const int64_t wrapping[2] = {0x0123456789ABCDEF, -3};  // the counter passes 2^64
-  const uint32_t one[16] = {0x3f239d82, 0xbea5d375, 0xbe2b49dc, 0x3ef4fee2, 0x3efaea25, 0x3f921617, 0x3e006669, 0xbf430869,
-                            0x3e97098e, 0x3fa1d9a9, 0x3f561c15, 0x3f06a4bf, 0x3de16bee, 0xbf4d97ec, 0xc00e4db4, 0x3e9a0fb4};
+  const uint32_t one[16] = {0x3f239d82, 0xbea5d375, 0xbe2b49dc, 0x3ef4fee2, 0x3efaea25, 0x3f921617,
+                            0x3e006669, 0xbf430869, 0x3e97098e, 0x3fa1d9a9, 0x3f561c15, 0x3f06a4bf,
+                            0x3de16bee, 0xbf4d97ec, 0xc00e4db4, 0x3e9a0fb4};
   const int64_t seeds[4] = {7, 11, -5, int64_t{1} << 40};
   const uint32_t two[12] = {0x3f0b032d, 0xbed2976f, 0x3f432008, 0x3dd22286, 0xbfc0ac26, 0xbe7fbcc2,
                             0x3f401c07, 0xbff14536, 0xbfa03b85, 0x3fa0c745, 0x3fd8e19d, 0x3ea9af5a};
@@ -34,7 +36,8 @@ void test_noise_bits() {
   for (int i = 0; i < 16; ++i) CHECK(__float_as_uint(out[i]) == one[i], "normal %d: %08x", i, __float_as_uint(out[i]));
   out.assign(12, NAN);
   CHECK(cuda::normal(out.data(), 12, {seeds, 2}, nullptr) == 0, "launch");
-  for (int i = 0; i < 12; ++i) CHECK(__float_as_uint(out[i]) == two[i], "stream normal %d: %08x", i, __float_as_uint(out[i]));
+  for (int i = 0; i < 12; ++i)
+    CHECK(__float_as_uint(out[i]) == two[i], "stream normal %d: %08x", i, __float_as_uint(out[i]));
 
   const int64_t index[2] = {0, (int64_t{1} << 41) + 3};
   const int64_t children[4] = {1700582211817120190, -5528667401852415726, -1509555963406999431, 8106602480795896368};
@@ -64,7 +67,8 @@ void test_exp() {
   }
   for (double x = 1e-12; x < 20; x *= 1.01) {  // near 0 the gap is x^2 / 2: no cancellation
     for (float f : {static_cast<float>(x), static_cast<float>(-x)}) {
-      const double d = f, gap = std::fabs(d) < 0.01 ? d * d / 2 * (1 + d / 3 * (1 + d / 4 * (1 + d / 5))) : std::expm1(d) - d;
+      const double d = f,
+                   gap = std::fabs(d) < 0.01 ? d * d / 2 * (1 + d / 3 * (1 + d / 4 * (1 + d / 5))) : std::expm1(d) - d;
       worst[2] = std::fmax(worst[2], std::fabs(cuda::exp_parts(f).gap - gap) / (gap * 0x1p-23));
     }
   }
@@ -79,7 +83,7 @@ void test_exp() {
   CHECK(cuda::exp_parts(0.0f).gap == 0 && cuda::exp_parts(0.0f).sigma == 1, "zero");
 }
 
-constexpr Reduction kReductions[] = {Reduction::off,    Reduction::none,      Reduction::dim, Reduction::sample,
+constexpr Reduction kReductions[] = {Reduction::off,       Reduction::none, Reduction::dim, Reduction::sample,
                                      Reduction::batchmean, Reduction::mean, Reduction::sum};
 
 void test_reductions() {
@@ -106,9 +110,16 @@ void test_options() {
     for (bool clamped : {false, true}) {
       for (const Sizes& shape : {Sizes{6, 24}, Sizes{6, 11}}) {
         check_case({.shape = shape, .param = param, .clamped = clamped, .temperature = 0.7});
-        check_case({.shape = shape, .reduction = Reduction::sample, .param = param, .clamped = clamped,
+        check_case({.shape = shape,
+                    .reduction = Reduction::sample,
+                    .param = param,
+                    .clamped = clamped,
                     .prior_kept = {false, true}});
-        check_case({.shape = shape, .dtype = Dtype::f64, .param = param, .clamped = clamped, .prior_dtype = Dtype::f64,
+        check_case({.shape = shape,
+                    .dtype = Dtype::f64,
+                    .param = param,
+                    .clamped = clamped,
+                    .prior_dtype = Dtype::f64,
                     .prior_kept = {false, true}});
       }
     }
@@ -123,13 +134,18 @@ void test_options() {
 }
 
 void test_priors() {
-  const std::vector<bool> kept[] = {{false, true, false}, {false, true, true}, {true, false, false}, {false, false, false},
-                                    {true, true, true},   {true, false, true}, {false, false, true}, {true, true, false}};
+  const std::vector<bool> kept[] = {{false, true, false},  {false, true, true}, {true, false, false},
+                                    {false, false, false}, {true, true, true},  {true, false, true},
+                                    {false, false, true},  {true, true, false}};
   for (const auto& k : kept) {
     for (const Sizes& shape : {Sizes{4, 3, 40}, Sizes{5, 3, 7}, Sizes{2, 2, 20000}, Sizes{900, 2, 8}}) {
       check_case({.shape = shape, .prior_kept = k});
     }
-    check_case({.shape = {4, 3, 16}, .dtype = Dtype::f16, .reduction = Reduction::none, .prior_dtype = Dtype::f16, .prior_kept = k});
+    check_case({.shape = {4, 3, 16},
+                .dtype = Dtype::f16,
+                .reduction = Reduction::none,
+                .prior_dtype = Dtype::f16,
+                .prior_kept = k});
     check_case({.shape = {4, 3, 16}, .reduction = Reduction::off, .prior_kept = k});
   }
 }
@@ -141,7 +157,8 @@ void test_rows_alone() {
     Results all;
     run_forward(many, all);
     for (int64_t row = 0; row < 6; ++row) {
-      Problem one({.shape = {1, length}, .reduction = Reduction::sample, .sampled = false, .layout = Layout::misaligned});
+      Problem one(
+          {.shape = {1, length}, .reduction = Reduction::sample, .sampled = false, .layout = Layout::misaligned});
       for (int64_t i = 0; i < length; ++i) {
         one.mu.set(i, many.mu.at(row * length + i));
         one.rho.set(i, many.rho.at(row * length + i));
@@ -237,7 +254,8 @@ void test_same_bits_as_cpu() {
       for (cpu::Isa isa : {cpu::Isa::scalar, cpu::Isa::avx2, cpu::Isa::avx512}) {
         if (n % streams != 0 || !cpu::set_isa(isa)) continue;
         cpu::normal(cpu.data(), n, {seed.data(), streams}, serially);
-        CHECK(memcmp(host.data(), cpu.data(), n * sizeof(float)) == 0, "normals differ on ISA %d", static_cast<int>(isa));
+        CHECK(memcmp(host.data(), cpu.data(), n * sizeof(float)) == 0, "normals differ on ISA %d",
+              static_cast<int>(isa));
       }
     }
   }
@@ -245,7 +263,8 @@ void test_same_bits_as_cpu() {
     for (Param param : {Param::logvar, Param::logstd, Param::std}) {
       check_cpu({.shape = {6, 40}, .dtype = dtype, .param = param});
       check_cpu({.shape = {5, 41}, .dtype = dtype, .param = param, .clamped = true, .temperature = 0.7, .streams = 5});
-      check_cpu({.shape = {5, 9}, .dtype = dtype, .param = param, .prior_kept = {false, true}, .layout = Layout::transposed});
+      check_cpu(
+          {.shape = {5, 9}, .dtype = dtype, .param = param, .prior_kept = {false, true}, .layout = Layout::transposed});
     }
   }
 }

@@ -38,7 +38,8 @@ void warp_operations(int* out) {
   const unsigned odd = __ballot_sync(0xFFFFFFFFu, t % 2);
   __syncthreads();
   out[t] = shared[kThreads - 1 - t];
-  if (odd != 0xAAAAAAAAu || __any_sync(0xFFFFFFFFu, lane == 7) != 1 || __all_sync(0xFFFFFFFFu, lane < 31) != 0) out[t] = -1;
+  if (odd != 0xAAAAAAAAu || __any_sync(0xFFFFFFFFu, lane == 7) != 1 || __all_sync(0xFFFFFFFFu, lane < 31) != 0)
+    out[t] = -1;
   if (lane < 8 && __shfl_xor_sync(0xFFu, lane, 1) != (lane ^ 1)) out[t] = -2;  // a part of the warp
 }
 
@@ -89,6 +90,7 @@ int main(int argc, char** argv) {
     CHECK(seed != 0 || last == 6, "ascending order ends with block %u", last);
   }
   cuda_host::launch(past_the_end, 1, 2048, 0, nullptr, out.data());
-  CHECK(cudaGetLastError() == cudaErrorInvalidConfiguration && cudaGetLastError() == cudaSuccess, "2048 threads a block");
+  CHECK(cudaGetLastError() == cudaErrorInvalidConfiguration && cudaGetLastError() == cudaSuccess,
+        "2048 threads a block");
   return vaeops::test::report();
 }

@@ -1,5 +1,5 @@
-// The CUDA kernels' sources on the CPU: any shape, layout, dtype and option must agree with fp64, and be the same bits in
-// any order of threads.
+// The CUDA kernels' sources on the CPU: any shape, layout, dtype and option must agree with fp64, and be the same bits
+// in any order of threads.
 #include "decode.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {

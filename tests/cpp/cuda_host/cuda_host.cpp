@@ -40,8 +40,8 @@ struct Fiber {
   void* fake_stack = nullptr;  // AddressSanitizer's
   State state = State::done;
   dim3 index;
-  unsigned mask = 0;  // of the exchange it waits in
-  uint64_t value = 0;  // that it leaves there
+  unsigned mask = 0;     // of the exchange it waits in
+  uint64_t value = 0;    // that it leaves there
   uint64_t seen[kWarp];  // that it found there
 };
 
@@ -154,7 +154,8 @@ bool release_exchanges(Machine& m) {
       bool complete = true;
       for (unsigned l = 0; l < kWarp && complete; ++l) {
         if ((mask >> l & 1u) == 0) continue;
-        complete = first + l < m.count && m.fibers[first + l].state == State::at_exchange && m.fibers[first + l].mask == mask;
+        complete =
+            first + l < m.count && m.fibers[first + l].state == State::at_exchange && m.fibers[first + l].mask == mask;
       }
       if (!complete) continue;
       released = true;

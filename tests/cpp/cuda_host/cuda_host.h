@@ -1,10 +1,10 @@
-// Runs CUDA kernels on a CPU, in tests only: a .cu file compiles as plain C++ with -DVAEOPS_CUDA_HOST and this folder on
-// the include path.
+// Runs CUDA kernels on a CPU, in tests only: a .cu file compiles as plain C++ with -DVAEOPS_CUDA_HOST and this folder
+// on the include path.
 //
-// Every thread of a block is a fiber. A fiber runs until it meets a barrier, a shuffle or a vote; when all fibers that the
-// barrier waits for have come, they go on. Blocks run one after another. With a seed, threads run in an order that is drawn
-// anew at every turn, and blocks in a drawn order: a result that hangs on the order shows a missing barrier. Memory is the
-// host's, so AddressSanitizer sees every access out of bounds.
+// Every thread of a block is a fiber. A fiber runs until it meets a barrier, a shuffle or a vote; when all fibers that
+// the barrier waits for have come, they go on. Blocks run one after another. With a seed, threads run in an order that
+// is drawn anew at every turn, and blocks in a drawn order: a result that hangs on the order shows a missing barrier.
+// Memory is the host's, so AddressSanitizer sees every access out of bounds.
 //
 // Not modelled: weak memory order (__threadfence does nothing), threads that run between two barriers at the same time,
 // streams (a launch has finished when it returns), and the contents of static shared memory at a block's start.
@@ -47,7 +47,8 @@ unsigned lane();
 void* dynamic_shared();
 
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* /* stream */, const Args&... args) {
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* /* stream */,
+            const Args&... args) {
   const std::tuple<std::remove_cv_t<Params>...> copied(args...);
   static_assert((sizeof(Params) + ... + 0) <= 4096, "kernel parameters must fit in 4 KiB");
   run(grid, block, shared_bytes, [&] { std::apply(kernel, copied); });
@@ -121,9 +122,7 @@ inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsqrt_rn(float a) { return sqrtf(a); }
-inline uint32_t __umulhi(uint32_t a, uint32_t b) {
-  return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
-}
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
 inline float __uint_as_float(uint32_t bits) { return cuda_host::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float x) { return cuda_host::bit_cast<uint32_t>(x); }
 
