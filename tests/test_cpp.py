@@ -1,4 +1,4 @@
-"""The C++ tests, built by CMake: the CUDA sources on the CPU, against the C++ kernels."""
+"""Builds the torch-free kernels by CMake and runs the C++ tests: CUDA sources on the CPU, and C++ kernels."""
 
 import shutil
 import subprocess

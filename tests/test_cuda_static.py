@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for three architectures, without a GPU: spills, registers, instructions.
+"""The CUDA kernels compiled for three architectures, without a GPU: spills, registers, instruction counts.
 
 `python tests/test_cuda_static.py` prints the table.
 """
@@ -16,8 +16,7 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = ("sm_80", "sm_90a", "sm_100")
 STATIC_SHARED = 48 << 10
 
-# Registers a thread may have, by kernel: 65536 / 256 threads / the blocks that the launch bounds promise per
-# multiprocessor.
+# Registers a thread may have: 65536 / 256 threads / the blocks per multiprocessor that launch bounds promise.
 # The first pattern that is found counts.
 REGISTERS = (
     (r"^normal_kernel|^fold_in_kernel", 32),
@@ -25,9 +24,8 @@ REGISTERS = (
     (r"^rows_kernel|^flat_kernel<Backward<\w+, Path|, Path::linear|, Path::strided", 80),
     (r"^flat_kernel", 64),
 )
-# SASS instructions per element in the loop of the kernels that carry training: fp32 at N(0, I). The counts
-# hold cold code (64-bit division, square roots of extreme numbers) too. A jump means that something is
-# computed twice.
+# (elements, instructions per element) of the loop in the kernels that carry training: fp32 at N(0, I). Counts
+# hold cold code (64-bit division, square roots of extreme numbers) too. A jump: something is computed twice.
 LOOPS = {
     r"^flat_kernel<Forward<float, Path::plain": (8, 115),
     r"^flat_kernel<Backward<float, Path::plain": (8, 120),
@@ -48,11 +46,13 @@ def tool(name: str) -> str | None:
     return next((str(p) for p in places if p.is_file()), None)
 
 
+def output(*command: str, text: str = "") -> str:
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+
+
 def readable(symbols: list[str]) -> list[str]:
     """Kernel names without namespaces and arguments: `flat_kernel<Forward<float, Path::plain>>`."""
-    names = subprocess.run(
-        ["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True
-    ).stdout
+    names = output("c++filt", text="\n".join(symbols))
     paths = ("plain", "linear", "strided")
     out = []
     for name in names.splitlines():
@@ -74,30 +74,22 @@ def loop_length(sass: str) -> int:
 
 
 def compile_kernels(source: Path, arch: str, folder: Path) -> list[dict]:
-    """One row per kernel: name, registers, shared bytes, spills, instructions in the longest loop (None where
-    there is no disassembler)."""
+    """One row per kernel; `loop` counts its longest loop's instructions, None without a disassembler."""
     nvcc, cuobjdump = tool("nvcc"), tool("cuobjdump")
     assert nvcc
     cubin = folder / f"{source.stem}.{arch}.cubin"
-    done = subprocess.run(
-        [nvcc, "-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", "-cubin", "-o", str(cubin),
-         str(source)],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    options = ("-std=c++17", "-O3", f"-arch={arch}", "-Xptxas", "-v", "-cubin")
+    done = subprocess.run([nvcc, *options, "-o", str(cubin), str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "warning" not in done.stderr, done.stderr[:2000]
     kernels = re.findall(
         r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers(.*?)\n",
-        done.stderr, re.S,
+        r".*?Used (\d+) registers(.*?)\n", done.stderr, re.S,
     )  # fmt: skip
     assert kernels, done.stderr[:2000]
     loops = {}
     if cuobjdump:
-        sass = subprocess.run(
-            [cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True
-        ).stdout
-        for function in sass.split("Function : ")[1:]:
+        for function in output(cuobjdump, "-sass", str(cubin)).split("Function : ")[1:]:
             loops[function.split()[0]] = loop_length(function)
     rows = []
     for (symbol, stores, loads, registers, rest), name in zip(kernels, readable([k[0] for k in kernels])):
@@ -127,7 +119,9 @@ def print_table(rows: list[dict]) -> None:
 
 
 @pytest.mark.skipif(tool("nvcc") is None, reason="no nvcc: set CUDA_HOME or put it on the path")
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(a, marks=() if a == "sm_90a" else pytest.mark.slow) for a in ARCHS]
+)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
 def test_budgets(source: Path, arch: str, tmp_path: Path) -> None:
     rows = compile_kernels(source, arch, tmp_path)

@@ -151,6 +151,11 @@ struct Merge {
         if (!even) strides[k].push_back(operands[k][d]);
       }
     }
+    if (!sizes.empty()) return;
+    sizes.push_back(1);  // a call has one dim at least
+    for (size_t k = 0; k < operands.size(); ++k) {
+      if (!operands[k].empty()) strides[k].push_back(0);
+    }
   }
   Shape shape(int64_t n, int64_t rows) const {
     Shape s{};
@@ -168,7 +173,7 @@ struct Merge {
     int64_t step = 1;
     for (size_t d = strides[k].size(); d-- > 0;) {
       o.stride[d] = strides[k][d];
-      o.linear = o.linear && strides[k][d] == step;
+      o.linear = o.linear && (strides[k][d] == step || sizes[d] == 1);
       step *= sizes[d];
     }
     return o;
