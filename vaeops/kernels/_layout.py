@@ -21,7 +21,7 @@ Strides = tuple[int, ...]
 
 def settings(dtype: torch.dtype, prior_sums: bool = False) -> tuple[int, int]:
     """(elements of a tile, warps of a program). Not tuned on a GPU yet: 8 fp32 elements a thread, two 16-byte
-    loads each; half of that where more registers are needed, in fp64 and where a prior's gradient is summed."""
+    loads each; half of that where more registers are needed: fp64, and the sums of a prior's gradient."""
     block = 1024 >> (dtype is torch.float64) >> prior_sums
     return block, 4
 
