@@ -19,10 +19,11 @@ FIXED = (
 Strides = tuple[int, ...]
 
 
-def settings(dtype: torch.dtype) -> tuple[int, int]:
+def settings(dtype: torch.dtype, prior_sums: bool = False) -> tuple[int, int]:
     """(elements of a tile, warps of a program). Not tuned on a GPU yet: 8 fp32 elements a thread, two 16-byte
-    loads each, and half of that in fp64, whose functions need more registers."""
-    return (512, 4) if dtype is torch.float64 else (1024, 4)
+    loads each; half of that where more registers are needed: fp64, and the sums of a prior's gradient."""
+    block = 1024 >> (dtype is torch.float64) >> prior_sums
+    return block, 4
 
 
 # A sum's partial results. One program adds those of a group at the end, so there must not be too many.

@@ -223,7 +223,7 @@ def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, pa
         g_mu.stride(),
         g_rho.stride(),
     )
-    block, warps = layout.settings(mu.dtype)
+    block, warps = layout.settings(mu.dtype, prior_sums=bool(prior))
     sums = layout.broadcast_sums(prior[0].shape, mu.shape, block) if prior else layout.NO_SUMS
     F = ref.compute_dtype(mu.dtype)
     g_sums = [_prior_sums(p, sums, F) for p in prior]
