@@ -188,7 +188,6 @@ def test_extreme_log_variances(isa):
         z.double(), (0.5 * logvar.double()).exp().float().double(), equal_nan=True, rtol=1e-6, atol=1e-44
     )
     exact = (0.5 * ref.expm1_gap(logvar.double())).float()
-    exact[0, -2] = INF  # the reference subtracts infinities there
     torch.testing.assert_close(kl, exact, equal_nan=True, rtol=1e-6, atol=0)
 
 

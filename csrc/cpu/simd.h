@@ -95,8 +95,8 @@ VAEOPS_INLINE F xor_bit(F x, I y, I bit) { return floats(_mm256_xor_si256(bits(x
 VAEOPS_INLINE F at_most(F x, float bound) { return _mm256_min_ps(set1(bound), x); }
 VAEOPS_INLINE F at_least(F x, float bound) { return _mm256_max_ps(set1(bound), x); }
 VAEOPS_INLINE F power_of_two(F j) { return floats(shl<23>(iadd(to_int(j), iset1(127)))); }
-VAEOPS_INLINE F scale(F p, F j) {  // two steps: 2^j itself may lie outside the normal range; only the last one rounds
-  const F low = at_least(at_most(j, 127.0f), -126.0f);
+VAEOPS_INLINE F scale(F p, F j) {  // two steps, of which only the second may leave the normal range and round
+  const F low = at_least(at_most(j, 127.0f), -100.0f);
   return p * power_of_two(low) * power_of_two(j - low);
 }
 
@@ -152,7 +152,7 @@ VAEOPS_INLINE F at_most(F x, float bound) { return bound < x ? bound : x; }
 VAEOPS_INLINE F at_least(F x, float bound) { return x < bound ? bound : x; }
 VAEOPS_INLINE F power_of_two(F j) { return floats((to_int(j) + 127u) << 23); }
 VAEOPS_INLINE F scale(F p, F j) {
-  const F low = at_least(at_most(j, 127.0f), -126.0f);
+  const F low = at_least(at_most(j, 127.0f), -100.0f);
   return p * power_of_two(low) * power_of_two(j - low);
 }
 

@@ -45,7 +45,7 @@ def expm1_gap(x: Tensor) -> Tensor:
     series = torch.zeros_like(t)
     for k in range(17, 1, -1):  # 0.5^18 / 18! < 1e-21
         series = (series + 1.0 / math.factorial(k)) * t
-    return torch.where(small, series * t, torch.expm1(x) - x)
+    return torch.where(small, series * t, torch.where(x == math.inf, x, torch.expm1(x) - x))
 
 
 def _log_variance(rho: Tensor, param: int) -> Tensor:

@@ -127,6 +127,8 @@ def normal(size: list[int] | torch.Size, seed: Tensor) -> Tensor:
     stream per entry, each counted from its own first element.
     """
     size = torch.Size(size)
+    if size.numel() == 0:
+        return torch.empty(size, dtype=torch.float32, device=seed.device)
     if seed.device.type == "mps":  # has no fp64, which the exact fma needs
         return normal(size, seed.cpu()).to(seed.device)
     streams = seed.shape[:-1].numel()
