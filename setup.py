@@ -1,9 +1,10 @@
 """Builds the native parts of vaeops, all optional.
 
-VAEOPS_NATIVE = auto | require | 0   the CPU kernels and the `_host` module: auto builds them where torch and a C++
-                                     compiler are at hand, require fails where they are not, 0 makes a pure-Python install
-VAEOPS_CUDA   = auto | require | 0   the CUDA kernels: auto builds them where torch is a CUDA build and a toolkit is found
-                                     (whether a GPU is present does not matter)
+VAEOPS_NATIVE = auto | require | 0   the CPU kernels and the `_host` module: auto builds them where torch and
+                                     a C++ compiler are at hand, require fails where they are not,
+                                     0 makes a pure-Python install
+VAEOPS_CUDA   = auto | require | 0   the CUDA kernels: auto builds them where torch is a CUDA build and
+                                     a toolkit is found (whether a GPU is present does not matter)
 
 Flags of one's own (say a sanitizer's) go into CXXFLAGS and LDFLAGS.
 """
@@ -74,26 +75,29 @@ def native() -> dict:
     cuda = want_cuda != "0" and torch.version.cuda is not None and home is not None
     if want_cuda == "require" and not cuda:
         raise SystemExit(f"vaeops: CUDA is required; torch.version.cuda={torch.version.cuda}, toolkit={home}")
-    if cuda:  # both before cpp_extension is imported: it reads them at import, and guesses wrong without a GPU
+    if cuda:
+        # Both before cpp_extension is imported: it reads them at import, and guesses wrong without a GPU.
         os.environ["CUDA_HOME"] = str(home)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    # No contraction and no value-changing option: the noise stream's bits depend on each operation rounding by itself.
+    # No contraction and no value-changing option: the noise stream's bits depend on each
+    # operation rounding by itself.
     flags = ["-O3", "-g0", "-fvisibility=hidden", f"-fmacro-prefix-map={ROOT}/=", "-ffp-contract=off",
              "-fno-math-errno", "-fno-trapping-math"]  # fmt: skip
     stable = [*flags, "-std=c++20", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DTORCH_STABLE_ONLY"]
     include = [str(ROOT / "csrc")]
     extensions = [
-        CppExtension("vaeops._ops_cpu", sources("cpu/*.cpp", "bind/*.cpp"), include_dirs=include, py_limited_api=True,
-                     extra_compile_args={"cxx": stable}),
+        CppExtension("vaeops._ops_cpu", sources("cpu/*.cpp", "bind/*.cpp"), include_dirs=include,
+                     py_limited_api=True, extra_compile_args={"cxx": stable}),
         Extension("vaeops._host", sources("host/*.cpp"), include_dirs=[*include, pybind11.get_include()],
                   extra_compile_args={"cxx": [*flags, "-std=c++17"]}, language="c++"),
     ]  # fmt: skip
     if cuda:
         extensions.append(
-            CUDAExtension("vaeops._ops_cuda", sources("cuda/*.cu", "bind/*.cpp"), include_dirs=include, py_limited_api=True,
+            CUDAExtension("vaeops._ops_cuda", sources("cuda/*.cu", "bind/*.cpp"), include_dirs=include,
+                          py_limited_api=True,
                           extra_compile_args={"cxx": [*stable, "-DUSE_CUDA", "-DVAEOPS_CUDA"],
                                               "nvcc": ["-O3", "-std=c++17", "-lineinfo", "--threads", "2"]})
         )  # fmt: skip
@@ -117,7 +121,10 @@ def native() -> dict:
                 print(f"vaeops: the native build failed, pure-Python install: {error}", file=sys.stderr)
                 self.extensions[:] = []
 
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build.with_options(use_ninja=bool(shutil.which("ninja")))}}
+    return {
+        "ext_modules": extensions,
+        "cmdclass": {"build_ext": Build.with_options(use_ninja=bool(shutil.which("ninja")))},
+    }
 
 
 os.chdir(ROOT)

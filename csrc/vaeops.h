@@ -18,12 +18,13 @@ enum class Reduction : int32_t { off = -1, none, dim, sample, batchmean, mean, s
 constexpr int kMaxDims = 8;
 
 // The logical shape that all operands of a call share, adjacent dims merged where every operand allows it.
-// The batch dims come first; `rows` of them hold `n / rows` elements each.
+// The batch dims come first: R rows of `width` elements each.
 struct Shape {
   int32_t ndim;
   int64_t size[kMaxDims];
-  int64_t n;     // elements
-  int64_t rows;  // R: product of the batch dims (1 when there are none)
+  int64_t n;      // elements
+  int64_t rows;   // R: product of the batch dims (1 when there are none)
+  int64_t width;  // n / R: product of the other dims; what it says also holds where R is 0
 };
 
 // One tensor read or written through a Shape. Strides are in elements; 0 where the tensor is broadcast.
@@ -60,12 +61,12 @@ struct GaussianForward : Gaussian {
 };
 
 struct GaussianBackward : Gaussian {
-  Operand gz;                     // T; absent: no gradient reaches z
-  Operand gkl;                    // C, in the reduced shape, broadcast; absent: no gradient reaches the KL
-  Operand gmu, grho;              // T
-  void *gprior_mu, *gprior_rho;   // C, contiguous [P], fully written; null: not wanted
+  Operand gz;                      // T; absent: no gradient reaches z
+  Operand gkl;                     // C, in the reduced shape, broadcast; absent: no gradient reaches the KL
+  Operand gmu, grho;               // T
+  void *gprior_mu, *gprior_rho;    // C, contiguous [P], fully written; null: not wanted
   int64_t prior_stride[kMaxDims];  // of both, 0 where the prior is broadcast
-  int64_t prior_n;                // P
+  int64_t prior_n;                 // P
 };
 
 // log N(x; mu, sigma^2). x, mu, rho, gx, gmu, grho share T.
@@ -114,8 +115,8 @@ Isa best_isa();
 Isa isa();
 bool set_isa(Isa wanted);  // false when the machine lacks it
 
-// Asks for 2 MiB pages in the part of a fresh output that can have them: touching its 4 KiB pages for the first time would
-// cost more than the kernel. A hint; a refusal is of no consequence.
+// Asks for 2 MiB pages in the part of a fresh output that can have them: touching its 4 KiB pages for the first time
+// would cost more than the kernel. A hint; a refusal is of no consequence.
 void advise_large_pages(void* data, size_t bytes);
 
 }  // namespace cpu

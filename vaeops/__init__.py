@@ -1,12 +1,12 @@
-"""Fused kernels for variational autoencoders: reparameterize + KL, on CPU, Triton and CUDA, behind PyTorch autograd."""
+"""Fused kernels for variational autoencoders in PyTorch: on CPU, Triton and CUDA, behind autograd."""
 
 from . import _native
 
 _native.load()
 
-from . import rng as rng  # noqa: E402
-from ._info import info as info  # noqa: E402
-from .ops.gaussian import (  # noqa: E402
+from . import nn as nn, objectives as objectives, ref as ref, rng as rng
+from ._info import info as info
+from .ops.gaussian import (
     LatentOutput as LatentOutput,
     gaussian_kl as gaussian_kl,
     gaussian_log_prob as gaussian_log_prob,

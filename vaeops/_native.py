@@ -1,5 +1,5 @@
-"""Loads the compiled parts, once, and remembers why one is missing. `VAEOPS_NATIVE` and `VAEOPS_CUDA` steer it:
-auto (the default) takes what was built, require refuses to start without it, 0 leaves it out."""
+"""Loads the compiled parts, once, and remembers why one is missing. `VAEOPS_NATIVE` and `VAEOPS_CUDA` steer
+it: auto (the default) takes what was built, require refuses to start without it, 0 leaves it out."""
 
 import os
 from pathlib import Path

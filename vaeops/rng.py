@@ -1,4 +1,4 @@
-"""The noise stream: seeds to hand around, and the normals that they draw. See `vaeops.ops.rng` for the definition."""
+"""The noise stream: seeds to hand around, and the normals that they draw. Defined in `vaeops.ops.rng`."""
 
 from .ops.rng import (
     advance as advance,

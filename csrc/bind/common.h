@@ -39,8 +39,8 @@ inline ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// An uninitialised tensor on `like`'s device. Straight to the C entry point: torch::stable::new_empty looks its operator up
-// by name on every call, which costs more than the allocation.
+// An uninitialised tensor on `like`'s device. Straight to the C entry point: torch::stable::new_empty looks its
+// operator up by name on every call, which costs more than the allocation.
 inline Tensor empty(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t rank, int32_t dtype) {
   int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
@@ -87,19 +87,19 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
 // every operand allows it.
 class Layout {
  public:
-  Layout(const Tensor& like, int64_t batch_ndim) : rank_(static_cast<int>(like.dim())) {
+  Layout(const Tensor& like, int64_t batch_ndim)
+      : rank_(static_cast<int>(like.dim())), device_(like.get_device_index()) {
     STD_TORCH_CHECK(rank_ <= kMaxRank, "at most ", kMaxRank, " dims are supported, got ", rank_);
     STD_TORCH_CHECK(batch_ndim >= 0 && batch_ndim <= rank_, "batch_ndim must be in [0, ", rank_, "], got ", batch_ndim);
     const auto sizes = like.sizes();
     for (int d = 0; d < rank_; ++d) {
       size_[d] = sizes[d];
       n_ *= size_[d];
-      if (d < batch_ndim) rows_ *= size_[d];
+      (d < batch_ndim ? rows_ : width_) *= size_[d];
     }
   }
 
   int64_t n() const { return n_; }
-  int64_t rows() const { return rows_; }
 
   // `x` broadcast to the logical shape; its first dim stands at logical dim `first` (default: aligned at the end).
   void add(Operand& operand, const Tensor& x, const char* name, int first = -1) {
@@ -107,14 +107,15 @@ class Layout {
     const auto strides = x.strides();
     const int rank = static_cast<int>(sizes.size());
     if (first < 0) first = rank_ - rank;
+    STD_TORCH_CHECK(x.get_device_index() == device_, name, " is on another device");
     STD_TORCH_CHECK(first >= 0 && first + rank <= rank_, name, " has too many dims: ", rank, " for ", rank_);
     operand.data = x.data_ptr();
     operand.dtype = dtype_of(x, name);
-    int64_t(&out)[kMaxRank] = entry(operand.stride, &operand);
+    int64_t (&out)[kMaxRank] = entry(operand.stride, &operand);
     for (int d = 0; d < rank_; ++d) out[d] = 0;
     for (int d = 0; d < rank; ++d) {
-      STD_TORCH_CHECK(sizes[d] == 1 || sizes[d] == size_[first + d], name, " does not broadcast: size ", sizes[d], " against ",
-                      size_[first + d], " at dim ", first + d);
+      STD_TORCH_CHECK(sizes[d] == 1 || sizes[d] == size_[first + d], name, " does not broadcast: size ", sizes[d],
+                      " against ", size_[first + d], " at dim ", first + d);
       out[first + d] = sizes[d] == 1 ? 0 : strides[d];
     }
   }
@@ -122,7 +123,7 @@ class Layout {
   // Row-major strides of a fresh tensor of x's sizes, broadcast.
   void add_fresh(int64_t (&stride)[kMaxDims], const Tensor& x) {
     const auto sizes = x.sizes();
-    int64_t(&out)[kMaxRank] = entry(stride, nullptr);
+    int64_t (&out)[kMaxRank] = entry(stride, nullptr);
     for (int d = 0; d < rank_; ++d) out[d] = 0;
     int64_t step = 1;
     for (int d = static_cast<int>(sizes.size()) - 1, at = rank_ - 1; d >= 0; --d, --at) {
@@ -135,6 +136,7 @@ class Layout {
     Shape shape{};
     shape.n = n_;
     shape.rows = rows_;
+    shape.width = width_;
     int last = -1;  // last logical dim taken into the shape
     int64_t merged[kMaxEntries][kMaxDims];
     for (int d = 0; d < rank_ && n_ > 0; ++d) {
@@ -173,14 +175,15 @@ class Layout {
 
  private:
   static constexpr int kMaxEntries = 16;
-  int64_t (&entry(int64_t (&target)[kMaxDims], Operand* operand))[kMaxRank] {
+  int64_t (&entry(int64_t (&target)[kMaxDims], Operand* operand)) [kMaxRank] {
     target_[entries_] = target;
     operand_[entries_] = operand;
     return stride_[entries_++];
   }
 
-  int rank_, entries_ = 0;
-  int64_t size_[kMaxRank], n_ = 1, rows_ = 1;
+  int rank_,
+      device_, entries_ = 0;
+  int64_t size_[kMaxRank], n_ = 1, rows_ = 1, width_ = 1;
   int64_t stride_[kMaxEntries][kMaxRank];
   int64_t* target_[kMaxEntries];
   Operand* operand_[kMaxEntries];
@@ -217,7 +220,8 @@ inline Noise noise_of(const Tensor& seed, int64_t n) {
   STD_TORCH_CHECK(seed.dim() >= 1 && seed.size(seed.dim() - 1) == 2 && seed.is_contiguous(),
                   "seed must be a contiguous [..., 2]");
   const int64_t streams = seed.numel() / 2;
-  STD_TORCH_CHECK(streams > 0 ? n % streams == 0 : n == 0, "seed: ", streams, " streams do not divide ", n, " elements");
+  STD_TORCH_CHECK(streams > 0 ? n % streams == 0 : n == 0, "seed: ", streams, " streams do not divide ", n,
+                  " elements");
   return {seed.const_data_ptr<int64_t>(), streams};
 }
 

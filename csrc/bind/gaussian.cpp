@@ -1,4 +1,5 @@
-// Torch glue of the Gaussian family. Schemas, meaning and argument checks of the public functions: vaeops/ops/gaussian/.
+// Torch glue of the Gaussian family. Schemas, meaning and argument checks of the public functions:
+// vaeops/ops/gaussian/.
 #if defined(VAEOPS_CUDA)
 #include "bind/cuda.h"
 #else
@@ -33,8 +34,8 @@ struct Moments {
   }
 };
 
-void fill(Gaussian& call, Layout& layout, const Moments& q, const OptionalTensor& prior_mu, const OptionalTensor& prior_rho,
-          const OptionalTensor& seed, const OptionalTensor& eps, const Options& o) {
+void fill(Gaussian& call, Layout& layout, const Moments& q, const OptionalTensor& prior_mu,
+          const OptionalTensor& prior_rho, const OptionalTensor& seed, const OptionalTensor& eps, const Options& o) {
   STD_TORCH_CHECK(prior_mu.has_value() == prior_rho.has_value(), "prior_mu and prior_rho come together");
   STD_TORCH_CHECK(!(seed && eps), "give one of seed and eps");
   layout.add(call.mu, q.mu, "mu");
@@ -89,11 +90,13 @@ std::tuple<Tensor, Tensor> gaussian_fwd(const Tensor& q, const OptionalTensor& r
   return {z, kl};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(
-    const OptionalTensor& gz, const OptionalTensor& gkl, const Tensor& q, const OptionalTensor& rho,
-    const OptionalTensor& prior_mu, const OptionalTensor& prior_rho, const OptionalTensor& seed, const OptionalTensor& eps,
-    int64_t packed_dim, int64_t param, double clamp_lo, double clamp_hi, int64_t reduction, int64_t batch_ndim,
-    double temperature) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(const OptionalTensor& gz, const OptionalTensor& gkl,
+                                                        const Tensor& q, const OptionalTensor& rho,
+                                                        const OptionalTensor& prior_mu, const OptionalTensor& prior_rho,
+                                                        const OptionalTensor& seed, const OptionalTensor& eps,
+                                                        int64_t packed_dim, int64_t param, double clamp_lo,
+                                                        double clamp_hi, int64_t reduction, int64_t batch_ndim,
+                                                        double temperature) {
   const Moments moments(q, rho, packed_dim);
   const Device device(moments.mu);
   Layout layout(moments.mu, batch_ndim);
@@ -131,7 +134,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(
   device.run(call);
   if (prior_mu) {
     if (prior_mu->scalar_type() != compute_type(q)) gprior_mu = torch::stable::to(gprior_mu, prior_mu->scalar_type());
-    if (prior_rho->scalar_type() != compute_type(q)) gprior_rho = torch::stable::to(gprior_rho, prior_rho->scalar_type());
+    if (prior_rho->scalar_type() != compute_type(q))
+      gprior_rho = torch::stable::to(gprior_rho, prior_rho->scalar_type());
   }
   return {gq, grho, gprior_mu, gprior_rho};
 }
@@ -140,7 +144,8 @@ void fill(LogProb& call, Layout& layout, const Tensor& x, const Tensor& mu, cons
           int64_t reduction) {
   for (const Tensor* t : {&x, &mu, &rho}) {
     Device::check(*t, "x, mu and rho");
-    STD_TORCH_CHECK(t->scalar_type() == x.scalar_type() && same_sizes(*t, x), "x, mu and rho must share dtype and shape");
+    STD_TORCH_CHECK(t->scalar_type() == x.scalar_type() && same_sizes(*t, x),
+                    "x, mu and rho must share dtype and shape");
   }
   layout.add(call.x, x, "x");
   layout.add(call.mu, mu, "mu");
@@ -162,8 +167,9 @@ Tensor log_prob_fwd(const Tensor& x, const Tensor& mu, const Tensor& rho, int64_
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> log_prob_bwd(const Tensor& grad, const Tensor& x, const Tensor& mu, const Tensor& rho,
-                                                int64_t param, int64_t reduction, int64_t batch_ndim) {
+std::tuple<Tensor, Tensor, Tensor> log_prob_bwd(const Tensor& grad, const Tensor& x, const Tensor& mu,
+                                                const Tensor& rho, int64_t param, int64_t reduction,
+                                                int64_t batch_ndim) {
   const Device device(x);
   Layout layout(x, batch_ndim);
   LogProbBackward call{};

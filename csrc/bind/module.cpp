@@ -10,7 +10,7 @@
 #endif
 
 extern "C" __attribute__((visibility("default"))) PyObject* VAEOPS_INIT(void) {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, VAEOPS_MODULE, nullptr, -1, nullptr,
-                                   nullptr,               nullptr,       nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, VAEOPS_MODULE, nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

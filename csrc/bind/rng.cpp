@@ -55,8 +55,8 @@ Tensor fold_in(const Tensor& seed, const Tensor& index) {
     indices = empty(index, size.data(), static_cast<int64_t>(size.size()), ScalarType::Long);
     torch::stable::copy_(indices, index);
   }
-  device.fold_in(seeds.const_data_ptr<int64_t>(), one_seed ? 0 : 2, indices.const_data_ptr<int64_t>(), one_index ? 0 : 1,
-                 child.mutable_data_ptr<int64_t>(), m);
+  device.fold_in(seeds.const_data_ptr<int64_t>(), one_seed ? 0 : 2, indices.const_data_ptr<int64_t>(),
+                 one_index ? 0 : 1, child.mutable_data_ptr<int64_t>(), m);
   return child;
 }
 

@@ -1,6 +1,7 @@
-// Includes the noise kernels, and VAEOPS_KERNELS where it is defined, once per instruction set, in namespaces scalar, avx2
-// and avx512 of vaeops::cpu. The including file has already included every standard header it needs: inside the target attributes none may be, or the linker
-// could hand an AVX-512 copy of an inline function to a machine without it. Same reason for static functions throughout.
+// Includes the noise kernels, and VAEOPS_KERNELS where it is defined, once per instruction set, in namespaces scalar,
+// avx2 and avx512 of vaeops::cpu. The including file has already included every standard header it needs: inside the
+// target attributes none may be, or the linker could hand an AVX-512 copy of an inline function to a machine without
+// it. Same reason for static functions throughout.
 #include "cpu/types.h"
 #if defined(__x86_64__)
 #include <immintrin.h>

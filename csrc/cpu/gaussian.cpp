@@ -37,7 +37,7 @@ TileOptions<C> tile_options(const Gaussian& call) {
 template <class T>
 int64_t tile_step(const Gaussian& call, std::initializer_list<const Operand*> operands) {
   bool in_place = sizeof(T) < 8 && call.prior_mu.data == nullptr && call.eps.data == nullptr &&
-                  (call.noise.seed == nullptr || (call.noise.streams == 1 && call.shape.n / call.shape.rows % 4 == 0));
+                  (call.noise.seed == nullptr || (call.noise.streams == 1 && call.shape.width % 4 == 0));
   for (const Operand* x : operands) in_place = in_place && (x->data == nullptr || x->linear);
   return in_place ? kChunk : kTile;
 }
@@ -74,7 +74,7 @@ void forward_typed(const GaussianForward& call, ParallelFor parallel) {
   using C = compute_t<T>;
   const Shape& shape = call.shape;
   const auto options = tile_options<C>(call);
-  const int64_t step = shape.n > 0 ? tile_step<T>(call, {&call.mu, &call.rho, &call.z}) : kTile;
+  const int64_t step = tile_step<T>(call, {&call.mu, &call.rho, &call.z});
   reduce_tiles(shape, call.reduction, static_cast<C*>(call.kl), step, parallel,
                [&](int64_t begin, int64_t n, C* elements, C* lanes) {
                  alignas(64) T mu[kTile], rho[kTile], z[kTile];
@@ -173,8 +173,8 @@ void backward_typed(const GaussianBackward& call, ParallelFor parallel) {
   };
 
   if (!prior.wanted()) {
-    if (shape.n == 0) return;
-    const int64_t step = one_weight ? tile_step<T>(call, {&call.mu, &call.rho, &call.gz, &call.gmu, &call.grho}) : kTile;
+    const int64_t step =
+        one_weight ? tile_step<T>(call, {&call.mu, &call.rho, &call.gz, &call.gmu, &call.grho}) : kTile;
     for_each_tile(shape.n, step, parallel, [&](int64_t begin, int64_t n) { tile(0, begin, n); });
     return;
   }

@@ -1,7 +1,7 @@
 // The Gaussian step on contiguous tiles, for one instruction set. No include guard: see foreach_isa.h.
 //
-// The usual call (log-variance, prior N(0, I), no clamp, temperature 1, noise drawn here) is compiled apart (kPlain), so
-// that everything it needs stays in registers; the general one tests flags that do not change within a tile.
+// The usual call (log-variance, prior N(0, I), no clamp, temperature 1, noise drawn here) is compiled apart (kPlain),
+// so that everything it needs stays in registers; the general one tests flags that do not change within a tile.
 
 using Options = TileOptions<float>;
 
@@ -21,15 +21,16 @@ VAEOPS_INLINE Exp exp_parts(F h) {
   const F q = horner(f, set1(1.37805939e-3f), 8.37312452e-3f, 4.16695364e-2f, 1.66664720e-1f, 4.99999851e-1f);
   const F r = q * (f * f);
   const F power = power_of_two(at_least(at_most(j, 127.0f), -126.0f));
+  const F growth = f + r, below = power - set1(1.0f);
   Exp e;
-  e.sigma = scale(set1(1.0f) + (f + r), j);
-  e.gap = fma(power, r, fma(power, f, power - set1(1.0f)) - top);
-  e.u = top + e.gap;
+  e.sigma = scale(set1(1.0f) + growth, j);
+  e.u = fma(power, growth, below);
+  e.gap = fma(power, r, fma(power, f, below) - top);
   return e;
 }
 
-VAEOPS_INLINE F expm1_twice(const Exp& e) { return fma(e.u, e.u, e.u + e.u); }      // expm1(2h)
-VAEOPS_INLINE F gap_twice(const Exp& e) { return fma(e.u, e.u, e.gap + e.gap); }    // expm1(2h) - 2h
+VAEOPS_INLINE F expm1_twice(const Exp& e) { return fma(e.u, e.u, e.u + e.u); }    // expm1(2h)
+VAEOPS_INLINE F gap_twice(const Exp& e) { return fma(e.u, e.u, e.gap + e.gap); }  // expm1(2h) - 2h
 
 // Natural logarithm of any float.
 VAEOPS_INLINE F log(F x) {
@@ -38,7 +39,8 @@ VAEOPS_INLINE F log(F x) {
   const F shifted = select(subnormal, y - set1(23 * 0.693147182f), y);
   const F infinity = set1(__builtin_inff());
   const F positive = select(less(x, infinity), shifted, x);
-  const F other = (x - x) + select(less(x, set1(0.0f)), infinity - infinity, set1(0.0f) - infinity);  // 0: -inf; else NaN
+  const F other =
+      (x - x) + select(less(x, set1(0.0f)), infinity - infinity, set1(0.0f) - infinity);  // 0: -inf; else NaN
   return select(less(set1(0.0f), x), positive, other);
 }
 
@@ -85,7 +87,7 @@ VAEOPS_INLINE void forward_block(const ForwardTile<T>& t, int64_t i, const Optio
     } else {
       twice = fma(mu, mu, gap_twice(e));
     }
-    if (elements != nullptr) {
+    if (!plain && elements != nullptr) {
       store(elements + v * kWidth, twice * set1(0.5f));
     } else {
       lanes[v] = fma(twice, set1(0.5f), lanes[v]);  // halving is exact: the same bits as the branch above
@@ -130,7 +132,7 @@ static void forward_tile(const ForwardTile<T>& t, const Options& o) {
   }
   if (t.noise.drawn) normals(counter, philox, noise);
   const bool wanted = t.lanes != nullptr || t.elements != nullptr;
-  forward_block<kPlain>(padded, 0, o, noise, lanes, wanted ? elements : nullptr);
+  forward_block<false>(padded, 0, o, noise, lanes, wanted ? elements : nullptr);
   if (t.noise.any()) copy(z, t.z + i, rest);
   if (t.elements != nullptr) copy(elements, t.elements + i, rest);
   if (t.lanes != nullptr) {

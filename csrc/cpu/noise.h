@@ -1,7 +1,7 @@
 // The noise stream for one instruction set: Philox4x32-10 and the portable Box-Muller of vaeops/ref/rng.py. No include
 // guard: see foreach_isa.h.
 
-constexpr int kBlock = 64;                // normals made at a time: 16 Philox blocks
+constexpr int kBlock = 64;                 // normals made at a time: 16 Philox blocks
 constexpr int kVectors = kBlock / kWidth;  // vectors that hold them
 
 // Natural logarithm of u in [2^-33, 1].
@@ -94,8 +94,8 @@ VAEOPS_INLINE void philox_round(I& c0, I& c1, I& c2, I& c3, I k0, I k1) {
 
 // The 64 normals of Philox blocks counter .. counter + 15, in element order.
 VAEOPS_INLINE void normals(uint64_t counter, const Philox& philox, F (&out)[kVectors]) {
-  // A vector of 4 kWidth-th words takes kWidth blocks: even 32-bit lanes from E, odd ones from O. The blocks are laid out
-  // so that 32-bit lane 4 L + j holds block (kWidth / 4) j + L; four in-lane unpacks then finish the transpose.
+  // A vector of 4 kWidth-th words takes kWidth blocks: even 32-bit lanes from E, odd ones from O. The blocks are laid
+  // out so that 32-bit lane 4 L + j holds block (kWidth / 4) j + L; four in-lane unpacks then finish the transpose.
 #pragma GCC unroll 2
   for (int half = 0; half < kVectors / 4; ++half) {
     const I even = add_64(set1_64(counter + half * kWidth), block_order());

@@ -1,5 +1,6 @@
-// The reductions of a per-element value, over tiles. Which elements are summed in which order depends on the shape alone:
-// results are bit-equal from run to run and for any number of threads, and a sample's sum does not depend on the others.
+// The reductions of a per-element value, over tiles. Which elements are summed in which order depends on the shape
+// alone: results are bit-equal from run to run and for any number of threads, and a sample's sum does not depend on the
+// others.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -9,9 +10,9 @@
 
 namespace vaeops::cpu {
 
-constexpr int kLanes = 64;            // running sums of a tile kernel: element i goes to lane i % 64
-constexpr int64_t kShortRow = 256;    // samples of fewer elements share tiles
-constexpr int64_t kWideRow = 16384;   // from here on a mean over the batch is split by columns, not by rows
+constexpr int kLanes = 64;           // running sums of a tile kernel: element i goes to lane i % 64
+constexpr int64_t kShortRow = 256;   // samples of fewer elements share tiles
+constexpr int64_t kWideRow = 16384;  // from here on a mean over the batch is split by columns, not by rows
 
 template <class C>
 inline double sum_lanes(const C* lanes) {
@@ -21,12 +22,12 @@ inline double sum_lanes(const C* lanes) {
 }
 
 // Runs `tile(begin, n, elements, lanes)` over every element of `shape` and reduces what it yields into `out`. The tile
-// function writes element values to `elements` [n], or adds them to `lanes` [64]; at most one of the two is given. n is at
-// most `step` (kTile, or kChunk for a tile function that needs no buffers), and kTile where elements are asked for.
+// function writes element values to `elements` [n], or adds them to `lanes` [64]; at most one of the two is given. n is
+// at most `step` (kTile, or kChunk for a tile function that needs no buffers), and kTile where elements are asked for.
 template <class C, class Tile>
 inline void reduce_tiles(const Shape& shape, Reduction reduction, C* out, int64_t step, ParallelFor parallel,
                          const Tile& tile) {
-  const int64_t n = shape.n, rows = shape.rows, width = rows > 0 ? n / rows : 0;
+  const int64_t n = shape.n, rows = shape.rows, width = shape.width;
   const double factor = reduction_scale(reduction, shape);
   const ParallelFor loop = n <= kSerial ? serial : parallel;
 
@@ -122,7 +123,8 @@ inline void reduce_tiles(const Shape& shape, Reduction reduction, C* out, int64_
 
   const int64_t chunks = ceil_div(n, kChunk);  // one number for all
   std::vector<double> partial(static_cast<size_t>(chunks));
-  parallel_for(loop, chunks, [&](int64_t task) { partial[task] = sum(task * kChunk, std::min(n, (task + 1) * kChunk)); });
+  parallel_for(loop, chunks,
+               [&](int64_t task) { partial[task] = sum(task * kChunk, std::min(n, (task + 1) * kChunk)); });
   double s = 0;
   for (double p : partial) s += p;
   *out = static_cast<C>(s * factor);

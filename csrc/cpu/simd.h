@@ -45,9 +45,7 @@ VAEOPS_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 VAEOPS_INLINE F load(const bf16* p) {
   return floats(shl<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))));
 }
-VAEOPS_INLINE F load(const f16* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
+VAEOPS_INLINE F load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 VAEOPS_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 // Round to nearest even in integers: VCVTNEPS2BF16 would flush subnormal inputs to zero, and needs AVX512_BF16.
 VAEOPS_INLINE void store(bf16* p, F x) {

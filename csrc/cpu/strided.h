@@ -8,10 +8,10 @@
 
 namespace vaeops::cpu {
 
-constexpr int64_t kTile = 1024;    // elements of a tile; a multiple of the kernels' block of 64
-constexpr int64_t kChunk = 16384;  // elements of a task: fixed, so that no sum depends on the number of threads
+constexpr int64_t kTile = 1024;     // elements of a tile; a multiple of the kernels' block of 64
+constexpr int64_t kChunk = 16384;   // elements of a task: fixed, so that no sum depends on the number of threads
 constexpr int64_t kSerial = 32768;  // a call of fewer elements runs on the calling thread
-constexpr int kTaskGroups = 16;    // tasks that keep private accumulators: fixed for the same reason
+constexpr int kTaskGroups = 16;     // tasks that keep private accumulators: fixed for the same reason
 
 // Calls run(offset, stride, position, count) for each stretch of evenly spaced elements that the logical range
 // [begin, begin + n) consists of. `position` counts from begin.

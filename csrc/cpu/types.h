@@ -30,7 +30,8 @@ inline float widen(bf16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 
 inline float widen(f16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7FFFu;
-  // Read the half's exponent and fraction as a float's, which is 2^112 too small; infinities and NaNs keep their exponent.
+  // Read the half's exponent and fraction as a float's, which is 2^112 too small; infinities and NaNs keep their
+  // exponent.
   const float scaled = bits_float(magnitude << 13) * 0x1p112f;
   return bits_float(sign | (magnitude >= 0x7C00u ? 0x7F800000u | (magnitude << 13) : float_bits(scaled)));
 }

@@ -1,5 +1,5 @@
-// `vaeops._host`: what Python asks of the machine and of the build. Torch-free, and optional: without it every kernel runs
-// all the same, on the best instruction set.
+// `vaeops._host`: what Python asks of the machine and of the build. Torch-free, and optional: without it every kernel
+// runs all the same, on the best instruction set.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -29,9 +29,12 @@ Function* loaded(const std::string& library, const char* name) {
 std::map<std::string, bool> cpu_features() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  return {{"avx2", __builtin_cpu_supports("avx2") != 0},         {"fma", __builtin_cpu_supports("fma") != 0},
-          {"avx512f", __builtin_cpu_supports("avx512f") != 0},   {"avx512bw", __builtin_cpu_supports("avx512bw") != 0},
-          {"avx512dq", __builtin_cpu_supports("avx512dq") != 0}, {"avx512vl", __builtin_cpu_supports("avx512vl") != 0},
+  return {{"avx2", __builtin_cpu_supports("avx2") != 0},
+          {"fma", __builtin_cpu_supports("fma") != 0},
+          {"avx512f", __builtin_cpu_supports("avx512f") != 0},
+          {"avx512bw", __builtin_cpu_supports("avx512bw") != 0},
+          {"avx512dq", __builtin_cpu_supports("avx512dq") != 0},
+          {"avx512vl", __builtin_cpu_supports("avx512vl") != 0},
           {"avx512bf16", __builtin_cpu_supports("avx512bf16") != 0}};
 #else
   return {};

@@ -1,17 +1,18 @@
 """Every derivative of an op, built once from its kernels.
 
-No one entry point of PyTorch serves everything: `register_autograd` knows no torch.func and returns silent zeros for
-forward AD; a Function with a `jvp` breaks compile; a Function with `setup_context` costs 20 us a call more than one whose
-forward takes `ctx`. So an op gets three Functions over the same two kernels, and `Differentiable` picks:
+No one entry point of PyTorch serves everything: `register_autograd` knows no torch.func and returns silent
+zeros for forward AD; a Function with a `jvp` breaks compile; a Function with `setup_context` costs 20 us a
+call more than one whose forward takes `ctx`. So an op gets three Functions over the same two kernels, and
+`Differentiable` picks:
 
-    plain eager            forward takes ctx; backward runs the kernel, or the reference's formula when a graph is being
-                           made of it (double backward)
+    plain eager            forward takes ctx; backward runs the kernel, or the reference's formula when
+                           a graph is being made of it (double backward)
     torch.compile, export  setup_context, no jvp
     torch.func, forward AD setup_context, vmap and jvp; backward is itself such a Function, so transforms nest
 
 Conventions of an op with T tensor arguments (each may be None), followed by plain Python options:
     forward kernel   (*tensors, *options) -> outputs, None for one that was not asked for
-    backward kernel  (*output gradients, *tensors, *options) -> one gradient per tensor of `wrt`, None for None
+    backward kernel  (*output gradients, *tensors, *options) -> a gradient per tensor of `wrt`, None for None
     reference        backward's formula in differentiable PyTorch
 The Functions take the options as one tuple: autograd handles every argument it is given.
 """
@@ -40,14 +41,17 @@ class Differentiable:
     name        forward op; `name_bwd` style partner in `backward`
     tensors     how many leading arguments are tensors; the first `wrt` of them have gradients
     reference   the backward formula in differentiable PyTorch
-    fold_fwd, fold_bwd   the op on tensors of which some carry a vmapped dim: (info, in_dims, tensors, options, call) ->
-                outputs, all with the vmapped dim in front, made by call(options, *tensors) on more rows
+    fold_fwd, fold_bwd   the op on tensors of which some carry a vmapped dim:
+                (info, in_dims, tensors, options, call) -> outputs, all with the vmapped dim in front, made by
+                call(options, *tensors) on more rows
     """
 
-    def __init__(self, forward: str, backward: str, *, outputs: int, tensors: int, wrt: int, reference: Callable,
-                 fold_fwd: Callable, fold_bwd: Callable) -> None:  # fmt: skip
+    def __init__(self, forward: str, backward: str, *, outputs: int, tensors: int, wrt: int,
+                 reference: Callable, fold_fwd: Callable, fold_bwd: Callable) -> None:  # fmt: skip
         fwd, bwd = overloads(forward), overloads(backward)
-        self._fwd = {impl: op._op for impl, op in fwd.items()}  # ._op skips a Python frame
+        self._op = fwd
+        # The same, less a Python frame; Dynamo cannot trace it.
+        self._kernel = {impl: op._op for impl, op in fwd.items()}
         build = (outputs, tensors, wrt, reference, fold_fwd, fold_bwd)
         by_impl = {impl: _functions(fwd[impl], bwd[impl], *build) for impl in (None, *IMPLS)}
         self._eager = {impl: f[0] for impl, f in by_impl.items()}
@@ -57,20 +61,36 @@ class Differentiable:
 
     def __call__(self, impl: str | None, options: tuple, *tensors: Tensor | None) -> Any:
         if _is_compiling():
-            return self._traced[impl].apply(options, *tensors)
+            if self._wants_gradient(tensors):
+                return self._traced[impl].apply(options, *_distinct(tensors))
+            return self._op[impl](*tensors, *options)
         if _functorch_active() or _forward_ad_active():
             return self._transformed[impl].apply(options, *tensors)
+        if self._wants_gradient(tensors):
+            return self._eager[impl](options, *tensors)
+        return self._kernel[impl](*tensors, *options)
+
+    def _wants_gradient(self, tensors: tuple) -> bool:
         if _is_grad_enabled():
             for t in tensors[: self._wrt]:
                 if t is not None and t.requires_grad:
-                    return self._eager[impl](options, *tensors)
-        return self._fwd[impl](*tensors, *options)
+                    return True
+        return False
+
+
+def _distinct(tensors: tuple) -> list:
+    """The same tensors, each an object of its own: Dynamo refuses a Function that is given one twice."""
+    result: list[Tensor | None] = []
+    for t in tensors:
+        result.append(t.view_as(t) if t is not None and any(t is other for other in result) else t)
+    return result
 
 
 def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
     fwd_op, bwd_op = fwd._op, bwd._op
 
     nothing = (None,) * (tensors - wrt)
+    no_gradient = (None,) * (1 + tensors)
 
     class Eager(Function):
         @staticmethod
@@ -82,6 +102,8 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
 
         @staticmethod
         def backward(ctx, *grads):
+            if grads.count(None) == outputs:  # an undefined gradient reached every output
+                return no_gradient
             kernel = reference if _is_grad_enabled() else bwd_op
             return None, *kernel(*grads, *ctx.saved_tensors, *ctx.options), *nothing
 
@@ -118,7 +140,7 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
             present = [i for i, t in enumerate(saved[: outputs + wrt]) if t is not None]
             wanted = [i for i in range(wrt) if grads[i] is not None]
             formula = _partial(reference, saved, options, present, wanted)
-            _, pullback = torch.func.vjp(formula, *(saved[i] for i in present))
+            _, pullback = torch.func.vjp(formula, *(saved[i] for i in present))[:2]
             found = dict(zip(present, pullback(tuple(grads[i] for i in wanted))))
             return None, *(found.get(i) for i in range(len(saved)))
 
@@ -145,7 +167,9 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
             ctx.options, *saved = inputs
             ctx.save_for_backward(*saved)
             ctx.save_for_forward(*saved)
-            ctx.like = [o if o is None else (o.shape, o.dtype) for o in (output if outputs > 1 else (output,))]
+            ctx.like = [
+                o if o is None else (o.shape, o.dtype) for o in (output if outputs > 1 else (output,))
+            ]
             ctx.set_materialize_grads(False)
 
         @staticmethod
@@ -160,7 +184,7 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
             # The gradient formula is linear in the output gradients; its transpose is the forward derivative.
             formula = _partial(reference, (*[None] * outputs, *saved), options, made, live)
             zeros = [saved[0].new_zeros(shape, dtype=dtype) for shape, dtype in (ctx.like[i] for i in made)]
-            _, transpose = torch.func.vjp(formula, *zeros)
+            _, transpose = torch.func.vjp(formula, *zeros)[:2]
             found = dict(zip(made, transpose(tuple(tangents[i] for i in live))))
             return tuple(found.get(i) for i in range(outputs)) if outputs > 1 else found[0]
 
@@ -172,7 +196,9 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
     return super(Function, Eager).apply, Traced, Transformed
 
 
-def _partial(reference: Callable, saved: tuple, options: tuple, free: list[int], wanted: list[int]) -> Callable:
+def _partial(
+    reference: Callable, saved: tuple, options: tuple, free: list[int], wanted: list[int]
+) -> Callable:
     """reference(*saved, *options)[wanted] as a function of saved[free]."""
 
     def formula(*values):
@@ -194,6 +220,6 @@ def _folded(result: Tensor | tuple[Tensor | None, ...]) -> tuple:
 
 def _jvp(formula: Callable, primals: list[Tensor], tangents: list[Tensor]) -> tuple[Tensor, ...]:
     """Forward derivative by transposing the reverse one twice: needs no forward AD inside forward AD."""
-    outputs, pullback = torch.func.vjp(formula, *primals)
-    _, transpose = torch.func.vjp(lambda *g: pullback(g), *(torch.zeros_like(o) for o in outputs))
+    outputs, pullback = torch.func.vjp(formula, *primals)[:2]
+    _, transpose = torch.func.vjp(lambda *g: pullback(g), *(torch.zeros_like(o) for o in outputs))[:2]
     return transpose(tuple(tangents))

@@ -1,7 +1,8 @@
 """The operator library: schemas, fakes, and which kernel serves an op on which device.
 
-Every low-level op is defined once as `vaeops::<name>`, served by the best kernel of the device that its tensors are on,
-and once per implementation as an overload (`vaeops::<name>.ref`, `.cpp`, `.triton`, `.cuda`) that `impl=` selects.
+Every low-level op is defined once as `vaeops::<name>`, served by the best kernel of the device that its
+tensors are on, and once per implementation as an overload (`vaeops::<name>.ref`, `.cpp`, `.triton`, `.cuda`)
+that `impl=` selects.
 """
 
 import importlib.util
@@ -19,7 +20,7 @@ names: list[str] = []
 
 
 def define(name: str, signature: str, *, fake: Callable, ref: Callable, triton: Callable) -> None:
-    """Register `vaeops::name(signature)`. C++ and CUDA kernels attach themselves when their library is loaded.
+    """Register `vaeops::name(signature)`. C++ and CUDA kernels attach themselves when their library loads.
 
     `triton` is called only when a Triton kernel has to run, so it may import Triton.
     """
@@ -30,7 +31,8 @@ def define(name: str, signature: str, *, fake: Callable, ref: Callable, triton: 
         torch.library.register_fake(f"vaeops::{qualified}", fake, lib=library)
     library.impl(name, ref, "CompositeExplicitAutograd")
     library.impl(f"{name}.ref", ref, "CompositeExplicitAutograd")
-    # Triton's interpreter runs kernels on CPU tensors; it takes the place of a GPU in tests and serves `impl="triton"` only.
+    # Triton's interpreter runs kernels on CPU tensors; it takes the place of a GPU in tests and serves
+    # `impl="triton"` only.
     library.impl(f"{name}.triton", triton, "CPU" if _interpreting() else "CUDA")
     if serving("cuda") == "triton":
         library.impl(name, triton, "CUDA")
@@ -64,7 +66,7 @@ def why_not(impl: str, device_type: str) -> str | None:
 
 
 def serving(device_type: str) -> str:
-    """The implementation that serves a device when none is forced: CUDA C++ before Triton, native before reference."""
+    """What serves a device when nothing is forced: CUDA C++ before Triton, native before reference."""
     for impl in ("cpp", "cuda", "triton") if not _interpreting() else ("cpp", "cuda"):
         if why_not(impl, device_type) is None:
             return impl

@@ -1,14 +1,16 @@
-"""The Gaussian step in plain PyTorch: what every kernel of the family must compute, on any device, in fp32 or fp64.
+"""The Gaussian step in plain PyTorch: what each kernel must compute, on any device, in fp32 or fp64.
 
 q = N(mu, sigma^2) per element, with sigma written as log-variance, log-deviation or deviation (`param`).
     sample            z  = mu + temperature * sigma * eps
     KL to N(0, I)     kl = (mu^2 + g(log sigma^2)) / 2,                      g(x) = expm1(x) - x
     KL to N(m, s^2)   kl = (((mu - m) / s)^2 + g(log sigma^2 - log s^2)) / 2
     log density       log N(x; mu, sigma^2) = -(((x - mu) / sigma)^2 + log sigma^2 + log 2 pi) / 2
-The textbook form 1 + lv - mu^2 - exp(lv) cancels: in fp32 it is 44 % wrong at scale 1e-4. g is summed as its series there.
+The textbook form 1 + lv - mu^2 - exp(lv) cancels: in fp32 it is 44 % wrong at scale 1e-4. There g is
+summed as its series.
 
-The public functions mirror `vaeops.*` argument for argument. `gaussian_fwd` / `gaussian_bwd` and `log_prob_fwd` /
-`log_prob_bwd` mirror the low-level ops; the `_bwd` pair is itself differentiable, which is what serves double backward.
+The public functions mirror `vaeops.*` argument for argument. `gaussian_fwd` / `gaussian_bwd` and
+`log_prob_fwd` / `log_prob_bwd` mirror the low-level ops; the `_bwd` pair is itself differentiable, which is
+what serves double backward.
 """
 
 import math
@@ -72,7 +74,9 @@ def _weight_shape(shape: torch.Size, batch_ndim: int, reduction: int) -> list[in
 
 def scale(shape: torch.Size, batch_ndim: int, reduction: int) -> float:
     """What a sum over elements is multiplied by. Zero rows give a zero loss, not 0 / 0."""
-    count = {1: batch_count(shape, batch_ndim), 3: batch_count(shape, batch_ndim), 4: shape.numel()}.get(reduction, 1)
+    count = {1: batch_count(shape, batch_ndim), 3: batch_count(shape, batch_ndim), 4: shape.numel()}.get(
+        reduction, 1
+    )
     return 1.0 / max(count, 1)
 
 
@@ -89,7 +93,7 @@ def reduce(x: Tensor, reduction: int, batch_ndim: int) -> Tensor:
 
 
 def finish_per_example(x: Tensor, shape: torch.Size, reduction: int, batch_ndim: int) -> Tensor:
-    """x [V, ...], reduced per element or per sample under vmap, to the reduction asked for; `shape` is one example's."""
+    """x [V, ...], reduced per element or sample under vmap, to the one asked for; `shape`: one example's."""
     if reduction == 1 and batch_ndim:
         x = x.flatten(1, batch_ndim).sum(1)
     if reduction > 2:
@@ -115,7 +119,9 @@ def _noise(shape: torch.Size, seed: Tensor | None, eps: Tensor | None, dtype: to
     return eps.to(dtype)
 
 
-def _kl_elements(mu: Tensor, lv: Tensor, prior_mu: Tensor | None, prior_rho: Tensor | None, param: int) -> Tensor:
+def _kl_elements(
+    mu: Tensor, lv: Tensor, prior_mu: Tensor | None, prior_rho: Tensor | None, param: int
+) -> Tensor:
     if prior_mu is None or prior_rho is None:
         return 0.5 * (mu * mu + expm1_gap(lv))
     prior_mu, prior_rho = prior_mu.to(mu.dtype), prior_rho.to(mu.dtype)
@@ -123,7 +129,9 @@ def _kl_elements(mu: Tensor, lv: Tensor, prior_mu: Tensor | None, prior_rho: Ten
     return 0.5 * (t * t + expm1_gap(lv - _log_variance(prior_rho, param)))
 
 
-def _latent(mu, rho, prior_mu, prior_rho, seed, eps, param, clamp_lo, clamp_hi, reduction, batch_ndim, temperature):
+def _latent(
+    mu, rho, prior_mu, prior_rho, seed, eps, param, clamp_lo, clamp_hi, reduction, batch_ndim, temperature
+):
     """(z or None, kl or None) in the compute dtype, differentiable."""
     dtype = compute_dtype(mu.dtype)
     m, r = mu.to(dtype), rho.to(dtype)
@@ -138,20 +146,23 @@ def _latent(mu, rho, prior_mu, prior_rho, seed, eps, param, clamp_lo, clamp_hi, 
     return z, kl
 
 
-def gaussian_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi, reduction, batch_ndim,
-                 temperature):  # fmt: skip
+def gaussian_fwd(q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi,
+                 reduction, batch_ndim, temperature):  # fmt: skip
     """(z, kl); None for the one that was not asked for: no seed and no eps, or reduction NO_KL."""
     mu, rho = _unpack(q, rho, packed_dim)
-    z, kl = _latent(mu, rho, prior_mu, prior_rho, seed, eps, param, clamp_lo, clamp_hi, reduction, batch_ndim, temperature)
+    z, kl = _latent(
+        mu, rho, prior_mu, prior_rho, seed, eps, param, clamp_lo, clamp_hi, reduction, batch_ndim, temperature
+    )
     return None if z is None else torch.empty_like(mu).copy_(z), None if kl is None else kl.contiguous()
 
 
-def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo, clamp_hi, reduction,
-                 batch_ndim, temperature):  # fmt: skip
-    """Gradients of (q, rho, prior_mu, prior_rho), None where the argument is None. gz or gkl may be None, not both.
+def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, param, clamp_lo,
+                 clamp_hi, reduction, batch_ndim, temperature):  # fmt: skip
+    """Gradients of (q, rho, prior_mu, prior_rho), None for None. gz or gkl may be None, not both.
 
     With w the gradient of each element's KL, d = log sigma^2 - log s^2 and t = (mu - m) / s:
-        d mu = gz + w t / s      d lv = (gz T sigma eps + w expm1(d)) / 2      d m = -w t / s      d ls = -w (expm1(d) + t^2) / 2
+        d mu = gz + w t / s      d lv = (gz T sigma eps + w expm1(d)) / 2
+        d m  = -w t / s          d ls = -w (expm1(d) + t^2) / 2
     and through `param`'s own derivative, zero where the clamp is outside its bounds.
     """
     mu, raw = _unpack(q, rho, packed_dim)
@@ -180,7 +191,12 @@ def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, pa
             g_r = g_r + w * (0.5 * chain) * e
             g_pm = (-w * t / s).expand_as(m).sum_to_size(prior_mu.shape).to(prior_mu.dtype)
             prior_chain = 2 / pr if param == 2 else chain
-            g_pr = (-0.5 * w * prior_chain * (e + t * t)).expand_as(m).sum_to_size(prior_rho.shape).to(prior_rho.dtype)
+            g_pr = (
+                (-0.5 * w * prior_chain * (e + t * t))
+                .expand_as(m)
+                .sum_to_size(prior_rho.shape)
+                .to(prior_rho.dtype)
+            )
     elif prior_mu is not None:
         g_pm, g_pr = torch.zeros_like(prior_mu), torch.zeros_like(prior_rho)
     g_r = torch.where((r0 < clamp_lo) | (r0 > clamp_hi), 0.0, g_r)
@@ -219,7 +235,8 @@ def reparam_kl(mu, logvar, *, prior=None, param="logvar", clamp=None, reduction=
     mu, logvar = torch.broadcast_tensors(mu, logvar)
     if seed is None and eps is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (2,), device=mu.device, generator=generator)
-    z, kl = _latent(mu, logvar, *(prior or (None, None)), seed, eps, PARAMS.index(param), *_bounds(clamp),
+    (prior_mu, prior_rho), (lo, hi) = prior or (None, None), _bounds(clamp)
+    z, kl = _latent(mu, logvar, prior_mu, prior_rho, seed, eps, PARAMS.index(param), lo, hi,
                     REDUCTIONS.index(reduction), batch_ndim, temperature)  # fmt: skip
     assert z is not None and kl is not None
     return LatentOutput(z.to(mu.dtype), kl, None if eps is not None else seed)
@@ -230,25 +247,30 @@ def reparam_kl_packed(moments, *, dim=1, **options) -> LatentOutput:
     return reparam_kl(*moments.chunk(2, dim), **options)
 
 
-def reparameterize(mu, logvar, *, param="logvar", clamp=None, temperature=1.0, seed=None, generator=None, eps=None,
-                   impl=None) -> Tensor:  # fmt: skip
+def reparameterize(
+    mu, logvar, *, param="logvar", clamp=None, temperature=1.0, seed=None, generator=None, eps=None, impl=None
+) -> Tensor:
     """Reference of `vaeops.reparameterize`."""
-    return reparam_kl(mu, logvar, param=param, clamp=clamp, temperature=temperature, seed=seed, generator=generator,
-                      eps=eps, impl=impl, reduction="none").z  # fmt: skip
+    return reparam_kl(mu, logvar, param=param, clamp=clamp, temperature=temperature, seed=seed,
+                      generator=generator, eps=eps, impl=impl, reduction="none").z  # fmt: skip
 
 
-def gaussian_kl(mu, logvar, *, prior=None, param="logvar", clamp=None, reduction="batchmean", batch_ndim=1,
-                impl=None) -> Tensor:  # fmt: skip
+def gaussian_kl(
+    mu, logvar, *, prior=None, param="logvar", clamp=None, reduction="batchmean", batch_ndim=1, impl=None
+) -> Tensor:
     """Reference of `vaeops.gaussian_kl`."""
     _only_ref(impl)
     mu, logvar = torch.broadcast_tensors(mu, logvar)
-    _, kl = _latent(mu, logvar, *(prior or (None, None)), None, None, PARAMS.index(param), *_bounds(clamp),
+    (prior_mu, prior_rho), (lo, hi) = prior or (None, None), _bounds(clamp)
+    _, kl = _latent(mu, logvar, prior_mu, prior_rho, None, None, PARAMS.index(param), lo, hi,
                     REDUCTIONS.index(reduction), batch_ndim, 1.0)  # fmt: skip
     assert kl is not None
     return kl
 
 
-def gaussian_log_prob(x, mu, logvar, *, param="logvar", reduction="sample", batch_ndim=1, impl=None) -> Tensor:
+def gaussian_log_prob(
+    x, mu, logvar, *, param="logvar", reduction="sample", batch_ndim=1, impl=None
+) -> Tensor:
     """Reference of `vaeops.gaussian_log_prob`."""
     _only_ref(impl)
     x, mu, logvar = torch.broadcast_tensors(x, mu, logvar)

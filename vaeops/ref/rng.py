@@ -1,23 +1,26 @@
 """The noise stream in plain PyTorch: the specification every kernel must match bit for bit.
 
-Philox4x32-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3") makes 32-bit words; a portable
-Box-Muller turns them into normals with fp32 add, multiply, fma and square root alone. Those four are exactly rounded on
-every machine, so the bits are the same on a CPU, under Triton and in CUDA; a libm logarithm or cosine would differ.
+Philox4x32-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3") makes 32-bit words; a
+portable Box-Muller turns them into normals with fp32 add, multiply, fma and square root alone. Those four are
+exactly rounded on every machine, so the bits are the same on a CPU, under Triton and in CUDA; a libm
+logarithm or cosine would differ.
 
-Words are held in int64 tensors, because PyTorch has no uint32 arithmetic. The one operation that PyTorch lacks, an fp32
-fma that rounds once, is made here from fp64: slow, and right.
+Words are held in int64 tensors, because PyTorch has no uint32 arithmetic. The one operation that PyTorch
+lacks, an fp32 fma that rounds once, is made here from fp64: slow, and right.
 """
 
 import torch
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF
-# Top bit of the fourth counter word. The noise stream leaves that word 0, so derived seeds never meet drawn noise.
+# Top bit of the fourth counter word. The noise stream leaves it 0, so derived seeds never meet drawn noise.
 _FOLD_TAG = 1 << 31
 
 
-def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words per counter block (Philox4x32-10); `key` int64 holds 64 bits, the words are int64 below 2^32."""
+def philox(
+    key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words per counter (Philox4x32-10). `key` holds 64 bits; words are int64 below 2^32."""
     c0, c1, c2, c3 = counter
     k0, k1 = key & _LOW, (key >> 32) & _LOW
     for _ in range(10):
@@ -28,7 +31,7 @@ def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple
 
 
 def fold_in(seed: Tensor, index: Tensor) -> Tensor:
-    """One child seed per (seed, index): the Philox block whose counter is (seed offset, index) under the seed's key.
+    """One child seed per (seed, index): the Philox block of counter (offset, index) under the seed's key.
 
     seed [..., 2] int64 and index [...] int64 >= 0 broadcast together; returns [..., 2] int64.
     """
@@ -39,9 +42,11 @@ def fold_in(seed: Tensor, index: Tensor) -> Tensor:
 
 
 def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
-    """a * b + c rounded once to fp32. fp64 holds the product exactly; rounding the sum to odd makes the last cast safe."""
+    """a * b + c rounded once to fp32. fp64 holds the product; the sum rounded to odd is safe to cast."""
     product = a.double() * (b.double() if isinstance(b, Tensor) else _f32(b))
-    addend = c.double() if isinstance(c, Tensor) else torch.tensor(_f32(c), dtype=torch.float64, device=a.device)
+    addend = (
+        c.double() if isinstance(c, Tensor) else torch.tensor(_f32(c), dtype=torch.float64, device=a.device)
+    )
     total = product + addend
     tail = total - product
     error = (product - (total - tail)) + (addend - tail)  # TwoSum: total + error is the exact sum
@@ -73,19 +78,31 @@ def _from_bits(x: Tensor) -> Tensor:
 
 
 def _log(u: Tensor) -> Tensor:
-    """Natural logarithm for u in [2^-33, 1], 0.94 ulp: u = 2^k m with m in [2/3, 4/3), then a polynomial in m - 1."""
+    """Natural logarithm for u in [2^-33, 1], 0.94 ulp: u = 2^k m, m in [2/3, 4/3), a polynomial in m - 1."""
     bits = _bits(u)
     exponent = (bits - 0x3F2AAAAB) & 0xFF800000
     f = _from_bits((bits - exponent) & _LOW) - 1.0
     k = torch.where(exponent >= 1 << 31, exponent - (1 << 32), exponent).float() * 2.0**-23
-    p = _poly(f, -0.13191646, 0.1396245, -0.12115126, 0.1401092, -0.16685466, 0.20010044, -0.24999689, 0.33333224, -0.5)
+    p = _poly(
+        f,
+        -0.13191646,
+        0.1396245,
+        -0.12115126,
+        0.1401092,
+        -0.16685466,
+        0.20010044,
+        -0.24999689,
+        0.33333224,
+        -0.5,
+    )
     return _fma(k, 0.693147182, _fma(f * f, p, f))
 
 
 def _sincos(word: Tensor) -> tuple[Tensor, Tensor]:
-    """Sine and cosine of 2 pi word / 2^32. The angle is cut to an eighth of a turn in integers, so nothing is lost."""
+    """Sine and cosine of 2 pi word / 2^32. The angle is cut to 1/8 of a turn in integers, without loss."""
     folded = (word << 2) & _LOW
-    r = torch.where(folded >= 1 << 31, folded - (1 << 32), folded).float() * 2.0**-32  # quarter turns in [-1/2, 1/2)
+    # Quarter turns in [-1/2, 1/2).
+    r = torch.where(folded >= 1 << 31, folded - (1 << 32), folded).float() * 2.0**-32
     quadrant = ((word + 0x20000000) & _LOW) >> 30
     t = r * r
     s = _fma(r * t, _poly(t, 0.00015820675, -0.0046812664, 0.07969258, -0.6459641), r * _f32(1.5707964))
@@ -97,16 +114,17 @@ def _sincos(word: Tensor) -> tuple[Tensor, Tensor]:
 
 def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     u = _fma(a.float(), 2.0**-32, 2.0**-33)  # in (0, 1]: |normal| <= 6.76
-    radius = (-2.0 * _log(u)).double().sqrt().float()  # rounded once; torch's fp32 sqrt may call a library that is not
+    # Rounded once; torch's fp32 sqrt may call a library that is not.
+    radius = (-2.0 * _log(u)).double().sqrt().float()
     s, c = _sincos(b)
     return radius * c, radius * s
 
 
 def normal(size: list[int] | torch.Size, seed: Tensor) -> Tensor:
-    """Standard normals, fp32, element i of a stream from lane i % 4 of Philox block (seed[1] + i // 4) under key seed[0].
+    """fp32 standard normals: element i is lane i % 4 of Philox block (seed[1] + i // 4) under key seed[0].
 
-    seed [2] is one stream over the row-major order of `size`; seed [*S, 2], S a prefix of `size`, is one stream per
-    entry, each counted from its own first element.
+    seed [2] is one stream over the row-major order of `size`; seed [*S, 2], S a prefix of `size`, is one
+    stream per entry, each counted from its own first element.
     """
     size = torch.Size(size)
     if seed.device.type == "mps":  # has no fp64, which the exact fma needs

@@ -1,4 +1,4 @@
-"""log N(x; mu, sigma^2), reduced, in one pass over the elements each way. Specification: vaeops/ref/gaussian.py."""
+"""log N(x; mu, sigma^2), reduced, in one pass each way. Specification: vaeops/ref/gaussian.py."""
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ def _ref_log_prob_bwd(grad, *tensors_and_options):
     return tuple(torch.empty_like(t).copy_(g) for g, t in zip(grads, tensors_and_options))
 
 
-define("gaussian_log_prob_fwd", "(Tensor x, Tensor mu, Tensor rho, int param, int reduction, int batch_ndim) -> Tensor",
+define("gaussian_log_prob_fwd",
+       "(Tensor x, Tensor mu, Tensor rho, int param, int reduction, int batch_ndim) -> Tensor",
        fake=_fake_log_prob_fwd, ref=ref.log_prob_fwd, triton=triton_kernel("log_prob_fwd"))  # fmt: skip
 define("gaussian_log_prob_bwd",
-       "(Tensor grad, Tensor x, Tensor mu, Tensor rho, int param, int reduction, int batch_ndim) -> (Tensor, Tensor, Tensor)",
+       "(Tensor grad, Tensor x, Tensor mu, Tensor rho, int param, int reduction, int batch_ndim)"
+       " -> (Tensor, Tensor, Tensor)",
        fake=_fake_log_prob_bwd, ref=_ref_log_prob_bwd, triton=triton_kernel("log_prob_bwd"))  # fmt: skip
 
 
@@ -44,26 +46,29 @@ def _fold_bwd(info, in_dims, tensors, options, call):
     return call((param, per_example(reduction), batch_ndim + 1), grad, x, mu, rho)
 
 
-_log_prob = Differentiable("gaussian_log_prob_fwd", "gaussian_log_prob_bwd", outputs=1, tensors=3, wrt=3,
-                           reference=ref.log_prob_bwd, fold_fwd=_fold_fwd, fold_bwd=_fold_bwd)  # fmt: skip
+_log_prob = Differentiable("gaussian_log_prob_fwd", "gaussian_log_prob_bwd", outputs=1, tensors=3,
+                           wrt=3, reference=ref.log_prob_bwd,
+                           fold_fwd=_fold_fwd, fold_bwd=_fold_bwd)  # fmt: skip
 
 
-def gaussian_log_prob(x: Tensor, mu: Tensor, logvar: Tensor, *, param: str = "logvar", reduction: str = "sample",
-                      batch_ndim: int = 1, impl: str | None = None) -> Tensor:  # fmt: skip
+def gaussian_log_prob(x: Tensor, mu: Tensor, logvar: Tensor, *, param: str = "logvar",
+                      reduction: str = "sample", batch_ndim: int = 1,
+                      impl: str | None = None) -> Tensor:  # fmt: skip
     """Log-density of x under a diagonal Gaussian, in nats.
 
         log N(x; mu, sigma^2) = -(((x - mu) / sigma)^2 + log sigma^2 + log 2 pi) / 2
 
     Args:
-        x, mu, logvar: [*B, *E], B the first `batch_ndim` dims; one floating dtype; broadcast together; any strides.
+        x, mu, logvar: [*B, *E], B the first `batch_ndim` dims; one floating dtype; broadcast together; any
+            strides.
         param: what `logvar` is: "logvar" = log sigma^2, "logstd" = log sigma, "std" = sigma.
-        reduction: "none" [*B, *E] | "dim" [*E], mean over the batch | "sample" [*B], sum over a sample (the joint
-            density) | "batchmean" [] | "mean" [] | "sum" [].
+        reduction: "none" [*B, *E] | "dim" [*E], mean over the batch | "sample" [*B], sum over a sample (the
+            joint density) | "batchmean" [] | "mean" [] | "sum" [].
         batch_ndim, impl: as in `reparam_kl`.
 
     Returns:
-        fp32 (fp64 for fp64). Gradients to x, mu and logvar. Saved for backward: the three inputs. Deterministic as
-        `reparam_kl`.
+        fp32 (fp64 for fp64). Gradients to x, mu and logvar. Saved for backward: the three inputs.
+        Deterministic as `reparam_kl`.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is taken; the same under torch.compile.
@@ -73,6 +78,8 @@ def gaussian_log_prob(x: Tensor, mu: Tensor, logvar: Tensor, *, param: str = "lo
     x, mu = check.pair(op, "x", "mu", x, mu)
     if logvar.shape != mu.shape:
         logvar = logvar.expand_as(mu)
-    param_code, reduction_code = check.options(op, mu, param, reduction, batch_ndim)
+    _, param_code, _, _, reduction_code, _, _ = check.options(
+        op, mu, 0, param, None, reduction, batch_ndim, 1.0
+    )
     check_impl(op, impl, mu.device.type)
     return _log_prob(impl, (param_code, reduction_code, batch_ndim), x, mu, logvar)

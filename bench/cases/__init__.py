@@ -1,0 +1,11 @@
+"""Every case, by family. A new op adds its file here."""
+
+from ..case import Case
+from . import gaussian, rng
+
+ALL: list[Case] = [*rng.CASES, *gaussian.CASES]
+
+
+def select(patterns: list[str] | None) -> list[Case]:
+    """Cases whose `family/name` contains one of the patterns; all without patterns."""
+    return [c for c in ALL if not patterns or any(p in f"{c.family}/{c.name}" for p in patterns)]

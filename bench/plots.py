@@ -1,0 +1,95 @@
+"""Pictures of a results file: time by size, share of the copy ceiling, memory."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+CASE_SHAPE = re.compile(r"(?P<family>[\w-]+)/(?P<prefix>packed-)?(?P<shape>[\dx^]+)(?P<kind>.*)")
+
+
+def _by(rows: Iterable[dict], *fields: str) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[f] for f in fields), []).append(row)
+    return groups
+
+
+def _last_direction(rows: list[dict]) -> list[dict]:
+    """Forward+backward where a row has it, else forward."""
+    best = {(r["threads"], r["case"], r["row"]): r for r in sorted(rows, key=lambda r: len(r["direction"]))}
+    return list(best.values())
+
+
+def _kind(row: dict) -> str:
+    """The case without its shape: what a line of the time plot has in common."""
+    parts = CASE_SHAPE.fullmatch(row["case"])
+    assert parts is not None, row["case"]
+    return f"{parts['family']} {parts['prefix'] or ''}{parts['kind'].lstrip('-')}"
+
+
+def _time_by_size(rows: list[dict], title: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    kinds = _by(({**r, "kind": _kind(r)} for r in rows), "kind")
+    columns = min(3, len(kinds))
+    lines = -(-len(kinds) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.5 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in grid[len(kinds) :]:
+        axes.remove()
+    for axes, ((kind,), group) in zip(grid, kinds.items()):
+        for (name,), line in _by(group, "row").items():
+            line = sorted(line, key=lambda r: int(r["elements"]))
+            sizes = [int(r["elements"]) for r in line]
+            times = [[float(r[f"{q}_us"]) for r in line] for q in ("median", "p20", "p80")]
+            axes.plot(sizes, times[0], "o-", label=name)
+            axes.fill_between(sizes, times[1], times[2], alpha=0.2)
+        axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="us (median, p20 to p80)", title=kind)
+        axes.legend(fontsize=7)
+    figure.suptitle(title)
+    figure.savefig(path)
+
+
+def _bars(rows: list[dict], value: str, scale: float, label: str, title: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    cases = _by(rows, "case")
+    names = list(_by(rows, "row"))
+    figure = Figure(figsize=(8, 1.5 + 0.16 * (len(rows) + len(cases))), layout="constrained")
+    axes = figure.subplots()
+    height = 0.9 / len(names)
+    for j, (name,) in enumerate(names):
+        at = [(i + j * height, float(r[value]) * scale)
+              for i, group in enumerate(cases.values()) for r in group if r["row"] == name]  # fmt: skip
+        axes.barh([y for y, _ in at], [x for _, x in at], height, label=name)
+    axes.set_yticks(
+        [i + 0.45 - height / 2 for i in range(len(cases))], [case for (case,) in cases], fontsize=7
+    )
+    axes.invert_yaxis()
+    axes.set(xlabel=label, title=title)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=7)
+    figure.savefig(path)
+
+
+def draw(rows: list[dict], folder: Path, machine: str, threads: int) -> list[Path]:
+    """Three PNGs of one machine's rows at one number of threads; returns their paths."""
+    rows = _last_direction([r for r in rows if r["machine"] == machine and int(r["threads"]) == threads])
+    ceiling = [r for r in rows if r["case"] == "machine/copy"]
+    rows = [r for r in rows if r["case"] != "machine/copy"]
+    if not rows:
+        raise ValueError(f"no rows of {machine} with {threads} threads to draw")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{machine}-{name}.png" for name in ("time", "share", "memory")]
+    title = f"{machine}, {threads} CPU threads"
+    _time_by_size(rows, title, paths[0])
+    copy = f" ({float(ceiling[0]['gb_per_s']):.0f} GB/s)" if ceiling else ""
+    _bars(rows, "share_of_copy", 100, f"fused traffic over time, % of a plain copy{copy}", title, paths[1])
+    _bars(
+        [r for r in rows if int(r["memory_bytes"])],
+        "memory_bytes",
+        2**-20,
+        "MiB",
+        title + ": memory",
+        paths[2],
+    )
+    return paths

@@ -1,0 +1,76 @@
+"""Every GPU implementation on small shapes: `compute-sanitizer --tool memcheck python bench/sanitize.py`.
+
+Small, because the sanitizer is a hundred times slower; odd sizes, because tails are where accesses go wrong.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: its own folder gives way to the repository's root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+import vaeops
+from vaeops.ops._library import why_not
+
+DEVICE = "cuda"
+SHAPES = ((1, 1), (3, 63), (2, 3, 5, 7), (33, 97), (2, 16385))
+
+
+def rng(impl: str) -> None:
+    seeds = vaeops.rng.make_seed(DEVICE, batch=3)
+    for n in (1, 63, 1025):
+        vaeops.rng.normal((n,), seeds[0], impl=impl)
+        vaeops.rng.normal((3, n), seeds, impl=impl)
+    getattr(torch.ops.vaeops.fold_in, impl)(seeds, torch.arange(3, device=DEVICE))
+
+
+def _step(shape: tuple[int, ...], dtype: torch.dtype, reduction: str, impl: str) -> None:
+    def leaf(*size: int) -> torch.Tensor:
+        return torch.randn(size, device=DEVICE).to(dtype).requires_grad_()
+
+    mu, logvar, moments = leaf(*shape), leaf(*shape), leaf(shape[0], 2 * shape[1], *shape[2:])
+    prior = (leaf(*shape[1:]), leaf(*shape[1:]))
+    options = {"reduction": reduction, "impl": impl}
+    for out in (
+        vaeops.reparam_kl(mu, logvar, **options),
+        vaeops.reparam_kl(mu, logvar, prior=prior, **options),
+        vaeops.reparam_kl(mu.transpose(0, 1), logvar.transpose(0, 1), clamp=(-1.0, 1.0), **options),
+        vaeops.reparam_kl_packed(moments, **options),
+    ):
+        (out.z.float().sum() + out.kl.float().sum()).backward()
+    vaeops.gaussian_log_prob(leaf(*shape), mu, logvar, **options).float().sum().backward()
+
+
+def gaussian(impl: str) -> None:
+    """Not every combination of shape, dtype and reduction: Triton compiles each, slowly under a sanitizer."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float32)
+    reductions = ("batchmean", "sample", "dim", "none", "sample")
+    for shape, dtype, reduction in zip(SHAPES, dtypes, reductions):
+        _step(shape, dtype, reduction, impl)
+    _step(SHAPES[-1], torch.float32, "dim", impl)
+
+
+FAMILIES = {"rng": rng, "gaussian": gaussian}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench/sanitize.py", description=__doc__)
+    parser.add_argument("--case", choices=FAMILIES, help="one family; default: all")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("bench/sanitize.py: no CUDA GPU", file=sys.stderr)
+        return 2
+    for impl in ("cuda", "triton"):
+        for name, family in FAMILIES.items():
+            if args.case in (None, name) and why_not(impl, DEVICE) is None:
+                family(impl)
+                torch.cuda.synchronize()
+                print(f"{name} {impl}: done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Triton launch settings, timed: the evidence for the table in vaeops/kernels.
+
+    python bench/sweep.py --out sweep.csv [--case FAMILY]
+
+The hook is `vaeops.kernels._layout.settings(dtype) -> (elements of a tile, warps of a program)`, which the
+launchers ask at every call. Each candidate takes its place, passes the case's check, and is timed in rounds
+interleaved with the others'.
+"""
+
+import argparse
+import csv
+import importlib
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+if __package__ in (None, ""):  # run as a script: its own folder gives way to the repository's root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+from bench import measure, results
+from bench.case import Case, Row
+from bench.cases import select
+from bench.text import time_text
+from vaeops.ops._library import why_not
+
+ELEMENTS = (512, 1024, 2048, 4096)
+WARPS = (4, 8)
+CASES = [
+    "rng/2^24",
+    "gaussian/64x16x128x128-fp32-sample",
+    "gaussian/64x16x128x128-bf16-sample",
+    "gaussian/4096x256-fp32-sample",
+    "gaussian/4096x256-fp32-freebits",
+    "gaussian/128x20-fp32-batchmean",
+]
+FIELDS = (
+    "commit", "versions", "machine", "date", "case", "direction", "elements", "warps", "present", "median_us",
+    "p20_us", "p80_us", "min_us", "rounds", "gb_per_s",
+)  # fmt: skip
+
+
+def use(layout: ModuleType, settings: Callable) -> None:
+    """Launchers look `settings` up in its module at every call."""
+    layout.settings = settings  # type: ignore[attr-defined]
+
+
+def triton_row(case: Case, device: torch.device) -> Row:
+    return next(row for row in case.rows(device, compiled=False) if row.name == "vaeops (triton)")
+
+
+def sweep(case: Case, layout: ModuleType, device: torch.device, rounds: int) -> list[dict]:
+    """Rows of FIELDS for every candidate that compiles and is right; prints them, the quickest first."""
+    torch.manual_seed(0)
+    sets = measure.input_sets(case, device)
+    row = triton_row(case, device)
+    present = layout.settings
+    work = {}
+    for candidate in itertools.product(ELEMENTS, WARPS):
+        use(layout, _always(candidate))
+        try:
+            shares = case.check(row, sets[0])
+        except Exception as error:
+            print(f"  {candidate}: {type(error).__name__}: {''.join(str(error).splitlines()[:1])}")
+            continue
+        if not all(share <= 1 for share in shares.values()):
+            print(f"  {candidate}: WRONG {shares}")
+            continue
+        for direction, step in measure.steps(case, row, sets).items():
+            # Backward runs outside the row's call, so the candidate is put in place before each step.
+            work[f"{candidate[0]} {candidate[1]}", direction] = _stepper(layout, _always(candidate), step)
+    timings = measure.interleaved(work, rounds, 0.005, device) if work else {}
+    use(layout, present)
+    found = []
+    for (name, direction), timing in sorted(timings.items(), key=lambda item: (item[0][1], item[1].median)):
+        elements, warps = map(int, name.split())
+        size = case.bytes_forward + (case.bytes_backward if "backward" in direction else 0)
+        mark = (elements, warps) == tuple(present(case.dtype))
+        print(f"  {direction:17s} {elements:5d} elements {warps} warps  {time_text(timing.median):>9s}  "
+              f"{size / timing.median / 1e9:7.1f} GB/s{'  (present)' if mark else ''}")  # fmt: skip
+        found.append({
+            "case": f"{case.family}/{case.name}", "direction": direction, "elements": elements,
+            "warps": warps, "present": int(mark), "rounds": timing.rounds, **timing.microseconds(),
+            "gb_per_s": f"{size / timing.median / 1e9:.3f}",
+        })  # fmt: skip
+    return found
+
+
+def _always(candidate: tuple[int, int]) -> Callable:
+    return lambda dtype: candidate
+
+
+def _stepper(
+    layout: ModuleType, settings: Callable, step: Callable[[int], object]
+) -> Callable[[int], object]:
+    def run(i: int) -> None:
+        use(layout, settings)
+        step(i)
+
+    return run
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench/sweep.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, metavar="CSV")
+    parser.add_argument("--case", metavar="FAMILY", help="one family; default: all")
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args(argv)
+    refusal = why_not("triton", "cuda") if torch.cuda.is_available() else "no CUDA GPU"
+    if refusal:
+        print(f"not run: {refusal}")
+        return 0
+    layout = importlib.import_module("vaeops.kernels._layout")
+    device = torch.device("cuda")
+    common = {"commit": results.commit(), "versions": results.versions(), "machine": results.machine(device),
+              "date": results.today()}  # fmt: skip
+    with args.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        for case in select(CASES):
+            if args.case in (None, case.family):
+                print(f"{case.family}/{case.name}")
+                writer.writerows(common | row for row in sweep(case, layout, device, args.rounds))
+                file.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+// How a binding runs a call on CUDA tensors: on the tensors' device and its current stream, without synchronising.
+#pragma once
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "bind/common.h"
+
+namespace vaeops::bind {
+
+#define VAEOPS_DEVICE CUDA
+#define VAEOPS_OVERLOAD ".cuda"
+
+// Zeroed tickets of one stream, which every launch leaves zeroed. Never freed: a static destructor would run after
+// CUDA's.
+inline Tensor stream_tickets(const Tensor& like, cudaStream_t stream) {
+  static auto& cache = *new std::map<std::pair<int32_t, cudaStream_t>, Tensor>;
+  static auto& mutex = *new std::mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Tensor& tickets = cache[{like.get_device_index(), stream}];
+  if (!tickets.defined()) {
+    const int64_t size[1] = {cuda::kTickets};
+    tickets = torch::stable::new_zeros(like, IntHeaderOnlyArrayRef(size, 1), ScalarType::Int);
+  }
+  return tickets;
+}
+
+class Device {
+ public:
+  explicit Device(const Tensor& like) : like_(like), guard_(like.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  static void check(const Tensor& x, const char* name) { STD_TORCH_CHECK(x.is_cuda(), name, " must be a CUDA tensor"); }
+
+  static Tensor fresh_like(const Tensor& x) { return uninitialized_like(x); }
+
+  void run(const GaussianForward& call) const {
+    launch(cuda::gaussian_forward_scratch(call),
+           [&](cuda::Scratch scratch) { return cuda::gaussian_forward(call, scratch, stream_); });
+  }
+  void run(const GaussianBackward& call) const {
+    launch(cuda::gaussian_backward_scratch(call),
+           [&](cuda::Scratch scratch) { return cuda::gaussian_backward(call, scratch, stream_); });
+  }
+  void run(const LogProbForward& call) const {
+    launch(cuda::log_prob_forward_scratch(call),
+           [&](cuda::Scratch scratch) { return cuda::log_prob_forward(call, scratch, stream_); });
+  }
+  void run(const LogProbBackward& call) const { succeed(cuda::log_prob_backward(call, stream_)); }
+  void normal(float* out, int64_t n, Noise noise) const { succeed(cuda::normal(out, n, noise, stream_)); }
+  void fold_in(const int64_t* seed, int64_t seed_stride, const int64_t* index, int64_t index_stride, int64_t* child,
+               int64_t m) const {
+    succeed(cuda::fold_in(seed, seed_stride, index, index_stride, child, m, stream_));
+  }
+
+ private:
+  static void succeed(int error) { STD_TORCH_CHECK(error == 0, "vaeops: CUDA: ", cuda::error_string(error)); }
+
+  template <class Launch>
+  void launch(int64_t bytes, Launch&& run) const {
+    if (bytes == 0) return succeed(run(cuda::Scratch{}));
+    const int64_t words[1] = {(bytes + 7) / 8};
+    const Tensor partials = empty(like_, words, 1, ScalarType::Long);
+    succeed(run(cuda::Scratch{partials.mutable_data_ptr(), static_cast<uint32_t*>(tickets().mutable_data_ptr())}));
+  }
+
+  // A graph may be replayed on any stream, beside eager work on the one it was captured on: it gets tickets of its own.
+  Tensor tickets() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    succeed(cudaStreamIsCapturing(stream_, &status));
+    if (status == cudaStreamCaptureStatusNone) return stream_tickets(like_, stream_);
+    const int64_t size[1] = {cuda::kTickets};
+    return torch::stable::new_zeros(like_, IntHeaderOnlyArrayRef(size, 1), ScalarType::Int);
+  }
+
+  Tensor like_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace vaeops::bind

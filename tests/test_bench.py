@@ -1,0 +1,293 @@
+"""The benchmark suite: it refuses wrong rows, stores what it measures, and draws the README's tables."""
+
+import csv
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import vaeops
+from vaeops.ops._library import serving
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = "gaussian-wrapper/8x4"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """`bench("run")` is the module bench.run."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f"bench.{name}")
+
+
+def rows_of(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_quick_run_as_a_script(tmp_path):
+    command = [
+        sys.executable,
+        "bench/run.py",
+        "--quick",
+        "--case",
+        TINY,
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*.csv")
+    found = rows_of(path)
+    assert {r["case"].split("-fp32")[0] for r in found} == {"machine/copy", TINY}
+    assert {r["row"] for r in found} >= {"eager", "vaeops, seed given", "vaeops, low-level op"}
+    assert {r["direction"] for r in found if r["row"] == "eager"} == {"forward", "forward+backward"}
+    for r in found:
+        assert 0 < float(r["min_us"]) <= float(r["median_us"]) <= float(r["p80_us"])
+        assert r["machine"] == path.stem
+
+
+def test_rows_replace_their_case_and_leave_others(tmp_path, bench):
+    results, path = bench("results"), tmp_path / "m.csv"
+    row = dict.fromkeys(results.FIELDS, "1")
+    results.store(path, row | {"case": "a"}, [{"row": "old"}, {"row": "older"}])
+    results.store(path, row | {"case": "b"}, [{"row": "kept"}])
+    results.store(path, row | {"case": "a"}, [{"row": "new"}])
+    results.store(path, row | {"case": "a", "threads": "2"}, [{"row": "other threads"}])
+    assert [r["row"] for r in rows_of(path)] == ["kept", "new", "other threads"]
+    results.store(path, row | {"case": "a"}, [])  # no row of the case was right
+    assert [r["row"] for r in rows_of(path)] == ["kept", "other threads"]
+
+
+def test_a_broken_write_leaves_the_file(tmp_path, bench, monkeypatch):
+    results, path = bench("results"), tmp_path / "m.csv"
+    row = dict.fromkeys(results.FIELDS, "1")
+    results.store(path, row, [{}])
+    before = path.read_bytes()
+    monkeypatch.setattr(results.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        results.store(path, row | {"case": "a"}, [{}])
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def _shrunk_kl(out):
+    return out._replace(kl=out.kl * 0.99)
+
+
+def _another_seed(out):
+    return out._replace(seed=out.seed + 1)
+
+
+def _kl_without_gradient(out):
+    return out._replace(kl=out.kl.detach() + 0 * out.z.sum())
+
+
+def _nan_in_z(out):
+    return out._replace(z=out.z * torch.where(torch.arange(out.z.numel()) == 3, math.nan, 1.0).view_as(out.z))
+
+
+def _constant_noise(out):
+    return out._replace(z=out.z * 0 + 0.25, seed=None)[:2]
+
+
+@pytest.mark.parametrize(
+    "broken", [_shrunk_kl, _another_seed, _kl_without_gradient, _nan_in_z, _constant_noise]
+)
+def test_a_wrong_row_prints_no_time(broken, tmp_path, bench, monkeypatch, capsys):
+    honest = vaeops.reparam_kl
+    monkeypatch.setattr(vaeops, "reparam_kl", lambda *args, **options: broken(honest(*args, **options)))
+    arguments = ["--quick", "--case", TINY, "--out", str(tmp_path), "--device", "cpu"]
+    assert bench("run").main(arguments) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+    assert len(wrong) == 2 and all(line.split()[0].startswith("vaeops") for line in wrong)
+    (path,) = tmp_path.glob("*.csv")
+    assert {r["row"] for r in rows_of(path)} == {"torch.Tensor.copy_", "eager", "vaeops, low-level op"}
+
+
+def test_our_failure_fails_the_run_and_a_rivals_does_not(bench, monkeypatch, capsys):
+    run, gaussian = bench("run"), bench("cases.gaussian")
+    arguments = ["--quick", "--case", TINY, "--device", "cpu"]
+
+    def fails(*args, **options):
+        raise RuntimeError("no such thing here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gaussian, "textbook", fails)
+        # The textbook formula also sets the budget, so nothing passes without it: ours must say so.
+        assert run.main(arguments) == 1
+    assert "not run: RuntimeError: no such thing here" in capsys.readouterr().out
+    monkeypatch.setattr(gaussian.vaeops, "reparam_kl", fails)
+    assert run.main(arguments) == 1
+    assert "FAILED: RuntimeError: no such thing here" in capsys.readouterr().out
+
+
+def test_plots(tmp_path, bench):
+    assert bench("run").main(["--quick", "--case", "packed", "--out", str(tmp_path), "--plots", str(tmp_path),
+                              "--device", "cpu"]) == 0  # fmt: skip
+    assert len([p for p in tmp_path.glob("*.png") if p.stat().st_size > 1000]) == 3
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--rounds", "2"], "--rounds must be at least 3"),
+    (["--threads", "0"], "--threads must be at least 1"),
+    (["--device", "mps"], "--device must be cpu or cuda"),
+    (["--device", "nonsense"], "--device"),
+    (["--case", "nothing"], "no case matches"),
+    (["--quick", "--plots", "x"], "give --out as well"),
+])  # fmt: skip
+def test_bad_options(arguments, message, bench, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench("run").parse(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def readme(tmp_path, bench):
+    """(call of bench/readme.py on a README with one block, the README, the CSV)"""
+    results, path = bench("results"), tmp_path / "box.csv"
+    common = dict.fromkeys(results.FIELDS, "1") | {"machine": "box", "memory_bytes": "2048"}
+    results.store(path, common | {"case": "gaussian/128x20"}, [
+        {"row": "eager", "direction": "forward", "median_us": "50", "min_us": "40"},
+        {"row": "eager", "direction": "forward+backward", "median_us": "100", "min_us": "90"},
+        {"row": "vaeops (cpp)", "direction": "forward+backward", "median_us": "30", "min_us": "20"},
+    ])  # fmt: skip
+    text = tmp_path / "README.md"
+    text.write_text("# T\n<!-- bench:gaussian@box -->\n<!-- /bench -->\nrest\n")
+    module = bench("readme")
+    return lambda *more: module.main(["--readme", str(text), "--results", str(tmp_path), *more]), text, path
+
+
+def test_readme_is_drawn_and_checked(readme, bench):
+    draw, text, _ = readme
+    assert draw("--check") == 1
+    assert draw() == 0
+    assert draw("--check") == 0
+    # 90 us, eager's fastest round with backward, over 30 us, our median
+    assert "| 128x20 | 100 us | 30.0 us | 3.0 | 100% | 2.0 KiB → 2.0 KiB |" in text.read_text()
+    assert text.read_text().startswith("# T\n") and text.read_text().endswith("<!-- /bench -->\nrest\n")
+    text.write_text(text.read_text().replace("3.0", "9.0"))
+    assert draw("--check") == 1
+
+
+@pytest.mark.parametrize("block, message", [
+    ("<!-- bench:gaussian@elsewhere -->\n<!-- /bench -->", "there is no"),
+    ("<!-- bench:vq@box -->\n<!-- /bench -->", "no rows of that family"),
+    ("<!-- bench:gaussian@box:7 -->\n<!-- /bench -->", "no rows of that family (and thread count)"),
+    ("<!-- bench:gaussian -->\n<!-- /bench -->", "a bench marker is not"),
+    ("<!-- bench:gaussian@box -->\n", "a bench marker is not"),
+])  # fmt: skip
+def test_readme_blocks_that_cannot_be_drawn(block, message, readme, capsys):
+    draw, text, _ = readme
+    text.write_text(block)
+    assert draw() == 1
+    assert message in capsys.readouterr().err
+    assert text.read_text() == block
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="no README.md beside the package")
+def test_the_readme_shows_the_committed_results():
+    done = subprocess.run(
+        [sys.executable, "bench/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_gpu_run_without_a_gpu(tmp_path):
+    done = subprocess.run([sys.executable, "bench/gpu.py", "--out", str(tmp_path), "--case"], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert list(stages) == ["build", "test", "benchmark", "memcheck", "racecheck", "sweep"]
+    assert {stage["status"] for stage in stages.values()} == {"not run: no CUDA GPU"}
+
+
+@pytest.mark.parametrize("script, status", [
+    ("print('fine')", "ok"),
+    ("raise SystemExit(3)", "failed: exit status 3"),
+    ("raise SystemExit('Device not supported')", "not run: compute-sanitizer: device not supported"),
+])  # fmt: skip
+def test_gpu_stage_outcomes(script, status, tmp_path, bench):
+    gpu = bench("gpu")
+    stage = gpu.Stage("s", 60, [sys.executable, "-c", script], refused=gpu._sanitizer_refused)
+    assert gpu.run(stage, tmp_path / "s.log", 60)["status"] == status
+
+
+def test_gpu_stage_over_its_limit_is_stopped_with_its_children(tmp_path, bench):
+    gpu = bench("gpu")
+    mark = tmp_path / "alive"
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    start = time.monotonic()
+    outcome = gpu.run(gpu.Stage("s", 1, [sys.executable, "-c", script]), tmp_path / "s.log", 1)
+    assert outcome["status"] == "failed: over its limit of 1 s" and time.monotonic() - start < 2.5
+    time.sleep(3)
+    assert not mark.exists()
+
+
+def test_gpu_stages_after_the_time_is_up(tmp_path, bench):
+    gpu = bench("gpu")
+    outcome = gpu.run(gpu.Stage("s", 60, ["false"]), tmp_path / "s.log", 0.2)
+    assert outcome["status"].startswith("not run: the time")
+
+
+def test_launchers_take_the_settings_that_the_sweep_puts_in_place():
+    """Under Triton's interpreter, which needs a process of its own."""
+    pytest.importorskip("triton")
+    pytest.importorskip("vaeops.kernels._layout")
+    code = """if True:
+        import torch, vaeops
+        from bench import sweep
+        from vaeops.kernels import _layout
+        asked, present = [], _layout.settings
+        sweep.use(_layout, lambda dtype: asked.append(dtype) or present(dtype))
+        seed = torch.tensor([1, 2])
+        vaeops.rng.normal((8,), seed, impl="triton")
+        mu, logvar = (torch.zeros(2, 4, requires_grad=True) for _ in range(2))
+        out = vaeops.reparam_kl(mu, logvar, seed=seed, impl="triton")
+        out.kl.backward()
+        print(len(asked))"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "3", done.stdout + done.stderr
+
+
+def test_what_the_sanitizer_watches_runs(bench, monkeypatch):
+    """Its calls are legal; on a CPU, where there is no sanitizer to watch them."""
+    sanitize = bench("sanitize")
+    monkeypatch.setattr(sanitize, "DEVICE", "cpu")
+    ran = []
+    monkeypatch.setattr(
+        vaeops, "reparam_kl", lambda *a, f=vaeops.reparam_kl, **o: ran.append(o["impl"]) or f(*a, **o)
+    )
+    for family in sanitize.FAMILIES.values():
+        family(serving("cpu"))
+    assert set(ran) == {serving("cpu")} and len(ran) == 3 * (len(sanitize.SHAPES) + 1)
+
+
+def test_gpu_stages_on_a_machine_with_a_gpu(tmp_path, bench, monkeypatch):
+    gpu = bench("gpu")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "toolkit_tool", lambda name: "/opt/nvcc" if name == "nvcc" else None)
+    found = {stage.name: stage for stage in gpu.stages(tmp_path, "gaussian")}
+    assert found["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0a"
+    assert {name: stage.refusal for name, stage in found.items() if stage.refusal} == {
+        "memcheck": "compute-sanitizer is not installed", "racecheck": "compute-sanitizer is not installed",
+    }  # fmt: skip
+    for stage in found.values():
+        scripts = [part for part in stage.command if part.endswith(".py")]
+        assert all((ROOT / script).is_file() for script in scripts)
+        assert "gaussian" in stage.command or stage.name == "build"

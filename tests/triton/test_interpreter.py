@@ -1,0 +1,27 @@
+"""Runs interpreted/ in a process of its own: Triton decides on import whether it compiles or interprets."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+
+def why_not() -> str | None:
+    try:
+        triton, numpy = (tuple(int(v) for v in version(p).split(".")[:2]) for p in ("triton", "numpy"))
+    except PackageNotFoundError as error:
+        return f"{error.name} is not installed"
+    if triton < (3, 7) and numpy >= (2, 4):
+        return "the interpreter of triton 3.6 has no loops with numpy 2.4"
+    return None
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_kernels_under_the_interpreter():
+    folder = Path(__file__).parent / "interpreted"
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(folder)]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]

@@ -1,0 +1,46 @@
+"""The command line: `vaeops info`, `vaeops bench`. Also `python -m vaeops`."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+_BENCH = Path(__file__).resolve().parent.parent / "bench" / "run.py"
+
+
+def _info(args: argparse.Namespace) -> int:
+    from . import _info
+
+    found = _info.info()
+    print(_info.to_json(found) if args.json else found)
+    return 0
+
+
+def _bench(rest: list[str]) -> int:
+    if not _BENCH.exists():
+        print(
+            f"vaeops bench: the benchmarks come with a source checkout; there is none at {_BENCH.parent}",
+            file=sys.stderr,
+        )
+        return 2
+    return subprocess.call([sys.executable, str(_BENCH), *rest])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vaeops", description="Fused kernels for variational autoencoders in PyTorch."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    info = commands.add_parser(
+        "info", help="what was built, what this machine offers, and what will run (the default)"
+    )
+    info.add_argument("--json", action="store_true", help="as JSON")
+    commands.add_parser("bench", help="run the benchmarks of a source checkout; takes bench/run.py's options")
+    argv = (sys.argv[1:] if argv is None else argv) or ["info"]
+    if argv[0] == "bench":  # bench/run.py reads its own options, --help among them
+        return _bench(argv[1:])
+    return _info(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

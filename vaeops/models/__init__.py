@@ -1,0 +1,3 @@
+"""Reference models. Each runs on vaeops' kernels or on vaeops.ref by one argument, `ops="fused" | "ref"`."""
+
+from .vae import MLPVAE as MLPVAE, VAEOutput as VAEOutput

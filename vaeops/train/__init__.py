@@ -1,0 +1,1 @@
+"""Training: data, loops and pictures over the reference models."""
