@@ -230,7 +230,8 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks)
     columns_kernel(const __grid_constant__ typename Step::Call call, const __grid_constant__ Fold fold,
                    const Columns columns, const __grid_constant__ Sums sums) {
   using C = Compute<typename Step::T>;
-  __shared__ double table[Step::kOutputs * kChunk][kThreads];  // a thread's own column of it until sum_down
+  // Outside of sum_down, which begins and ends with a barrier, a thread touches its own column alone.
+  __shared__ double table[Step::kOutputs * kChunk][kThreads];
   const int x = threadIdx.x % columns.across, y = threadIdx.x / columns.across, deep = kThreads / columns.across;
   const int64_t chunks = fold.chunks();
   for (int64_t item = blockIdx.x; item < columns.groups * columns.slabs; item += gridDim.x) {
@@ -280,7 +281,6 @@ __global__ void __launch_bounds__(kThreads, kColumnBlocks)
         }
       }
     }
-    __syncthreads();  // the table is read to the end before the next item clears it
   }
 }
 

@@ -150,6 +150,75 @@ void test_priors() {
   }
 }
 
+// log N(x; mu, sigma^2): the problem's gz serves as x.
+void check_log_prob(const Case& c) {
+  const Problem p(c);
+  Results r;
+  r.kl = make({p.reduced_n()}, compute(c.dtype));
+  r.z = make(c.shape, c.dtype, c.layout);
+  r.gmu = make(c.shape, c.dtype, c.layout);
+  r.grho = make(c.shape, c.dtype, c.layout);
+  const Merge merge(c.shape,
+                    {p.gz.stride, p.mu.stride, p.rho.stride, p.gkl.stride, r.z.stride, r.gmu.stride, r.grho.stride});
+  LogProbForward forward{};
+  LogProbBackward backward{};
+  for (LogProb* call : {static_cast<LogProb*>(&forward), static_cast<LogProb*>(&backward)}) {
+    call->shape = merge.shape(p.n, p.rows);
+    call->x = merge.operand(p.gz, 0);
+    call->mu = merge.operand(p.mu, 1);
+    call->rho = merge.operand(p.rho, 2);
+    call->param = c.param;
+    call->reduction = c.reduction;
+  }
+  forward.out = r.kl.data();
+  backward.grad = merge.operand(p.gkl, 3);
+  backward.gx = merge.operand(r.z, 4);
+  backward.gmu = merge.operand(r.gmu, 5);
+  backward.grho = merge.operand(r.grho, 6);
+  ScratchMemory memory;
+  CHECK(cuda::log_prob_forward(forward, memory.scratch(cuda::log_prob_forward_scratch(forward)), nullptr) == 0,
+        "launch");
+  CHECK(cuda::log_prob_backward(backward, nullptr) == 0, "launch");
+  memory.check(c.name());
+
+  const double scale = reduction_scale(c.reduction, forward.shape);
+  std::vector<double> out(p.reduced_n()), gx(p.n), gmu(p.n), grho(p.n);
+  for (int64_t i = 0; i < p.n; ++i) {
+    const double x = element(c.shape, p.gz, i), mu = element(c.shape, p.mu, i), rho = element(c.shape, p.rho, i);
+    const double lv = log_variance(rho, c.param), sigma = std::exp(lv / 2), t = (x - mu) / sigma;
+    const double w = element(c.shape, p.gkl, i) * scale;
+    const double chain = c.param == Param::logvar ? 0.5 : c.param == Param::logstd ? 1 : 1 / rho;
+    out[p.reduced_at(i)] -= scale * 0.5 * (t * t + lv + std::log(2 * M_PI));
+    gmu[i] = w * t / sigma;
+    gx[i] = -gmu[i];
+    grho[i] = w * chain * (t * t - 1);
+  }
+  compare("log prob", p, r.kl, out, r.kl.stride, {p.reduced_n()}, 16, 20);
+  compare("gx", p, r.z, gx, r.z.stride, c.shape, 16, 20);
+  compare("gmu", p, r.gmu, gmu, r.gmu.stride, c.shape, 16, 20);
+  compare("grho", p, r.grho, grho, r.grho.stride, c.shape, 16, 60);
+}
+
+void test_log_prob() {
+  for (Reduction reduction : kReductions) {
+    if (reduction == Reduction::off) continue;
+    for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::f64}) {
+      for (Param param : {Param::logvar, Param::logstd, Param::std}) {
+        check_log_prob({.shape = {6, 40}, .dtype = dtype, .reduction = reduction, .param = param});
+        check_log_prob({.shape = {5, 4, 7},
+                        .batch_ndim = 2,
+                        .dtype = dtype,
+                        .reduction = reduction,
+                        .param = param,
+                        .layout = Layout::transposed,
+                        .expanded = true});
+      }
+    }
+    check_log_prob({.shape = {2, 9000}, .reduction = reduction});
+    check_log_prob({.shape = {3000, 16}, .reduction = reduction});
+  }
+}
+
 // A row's sum is the same bits wherever the row stands, and whatever its memory's layout.
 void test_rows_alone() {
   for (int64_t length : {5, 20, 64, 72, 600, 2048, 5000, 20000}) {
@@ -281,6 +350,7 @@ int main() {
   test_reductions();
   test_options();
   test_priors();
+  test_log_prob();
   test_rows_alone();
   test_shared_tickets();
   test_empty();

@@ -3,8 +3,9 @@
 //
 // Every thread of a block is a fiber. A fiber runs until it meets a barrier, a shuffle or a vote; when all fibers that
 // the barrier waits for have come, they go on. Blocks run one after another. With a seed, threads run in an order that
-// is drawn anew at every turn, and blocks in a drawn order: a result that hangs on the order shows a missing barrier.
-// Memory is the host's, so AddressSanitizer sees every access out of bounds.
+// is drawn anew at every turn, some warps lag far behind the others, and blocks run in a drawn order: a result that
+// hangs on the order shows a missing barrier. Memory is the host's, so AddressSanitizer sees every access out of
+// bounds.
 //
 // Not modelled: weak memory order (__threadfence does nothing), threads that run between two barriers at the same time,
 // streams (a launch has finished when it returns), and the contents of static shared memory at a block's start.
