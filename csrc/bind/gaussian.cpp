@@ -83,6 +83,7 @@ std::tuple<Tensor, Tensor> gaussian_fwd(const Tensor& q, const OptionalTensor& r
   }
   if (call.reduction != Reduction::off) {
     kl = reduced_like(moments.mu, call.reduction, batch_ndim);
+    if (layout.n() == 0) torch::stable::zero_(kl);
     call.kl = kl.mutable_data_ptr();
   }
   call.shape = layout.finish();
@@ -125,6 +126,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_bwd(const OptionalTensor& gz
   if (prior_mu) {
     gprior_mu = empty(q, prior_mu->sizes().data(), prior_mu->dim(), compute_type(q));
     gprior_rho = empty(q, prior_rho->sizes().data(), prior_rho->dim(), compute_type(q));
+    if (layout.n() == 0) {
+      torch::stable::zero_(gprior_mu);
+      torch::stable::zero_(gprior_rho);
+    }
     call.gprior_mu = gprior_mu.mutable_data_ptr();
     call.gprior_rho = gprior_rho.mutable_data_ptr();
     call.prior_n = prior_mu->numel();
@@ -161,6 +166,7 @@ Tensor log_prob_fwd(const Tensor& x, const Tensor& mu, const Tensor& rho, int64_
   LogProbForward call{};
   fill(call, layout, x, mu, rho, param, reduction);
   Tensor out = reduced_like(x, call.reduction, batch_ndim);
+  if (layout.n() == 0) torch::stable::zero_(out);
   call.out = out.mutable_data_ptr();
   call.shape = layout.finish();
   device.run(call);

@@ -128,13 +128,15 @@ __device__ __forceinline__ Exp<float> exp_parts(float x) {
   const float f = __fmaf_rn(-j, 1.42860677e-6f, __fmaf_rn(-j, 0.693145752f, hc));
   const float q = poly(f, 1.37805939e-3f, 8.37312452e-3f, 4.16695364e-2f, 1.66664720e-1f, 4.99999851e-1f);
   const float r = __fmul_rn(q, __fmul_rn(f, f));
-  // exp(h) may be subnormal or overflow: the power of two is applied in two normal factors.
+  // exp(h) may be subnormal or overflow: the power of two is applied in two normal factors, of which only the second
+  // may leave the normal range and round.
   const int32_t first = power < -126 ? -126 : power > 127 ? 127 : power;
+  const int32_t safe = power < -100 ? -100 : first;
   const float scale = power_of_two(first);
   const float m1 = __fmaf_rn(scale, f, __fadd_rn(scale, -1.0f));
   const float u = __fmaf_rn(scale, r, m1);                   // exp(h) - 1
   const float gh = __fmaf_rn(scale, r, __fadd_rn(m1, -h1));  // exp(h) - 1 - h
-  return {__fmul_rn(__fmul_rn(__fadd_rn(1.0f, __fadd_rn(f, r)), scale), power_of_two(power - first)),
+  return {__fmul_rn(__fmul_rn(__fadd_rn(1.0f, __fadd_rn(f, r)), power_of_two(safe)), power_of_two(power - safe)),
           __fmul_rn(u, __fadd_rn(u, 2.0f)), __fmaf_rn(u, u, __fmul_rn(2.0f, gh))};
 }
 
