@@ -115,9 +115,13 @@ Isa best_isa();
 Isa isa();
 bool set_isa(Isa wanted);  // false when the machine lacks it
 
-// Asks for 2 MiB pages in the part of a fresh output that can have them: touching its 4 KiB pages for the first time
-// would cost more than the kernel. A hint; a refusal is of no consequence.
-void advise_large_pages(void* data, size_t bytes);
+// Memory for large outputs, in 2 MiB pages, kept for reuse when it is given back (cpu/pages.cpp). Null where the system
+// offers none: then the caller allocates as usual.
+constexpr size_t kLargeOutput = size_t{2} << 20;
+void* take_pages(size_t bytes);
+void give_pages(void* data, size_t bytes);
+// Bytes given back and kept for reuse now.
+size_t idle_pages();
 
 }  // namespace cpu
 

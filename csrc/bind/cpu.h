@@ -12,12 +12,13 @@ struct Device {
 
   static void check(const Tensor& x, const char* name) { STD_TORCH_CHECK(x.is_cpu(), name, " must be a CPU tensor"); }
 
-  // An output the size of the inputs. Small ones are the allocator's business.
+  // An output the size of the inputs. Large ones come from pages that are kept between calls.
   static Tensor fresh_like(const Tensor& x) {
-    Tensor out = uninitialized_like(x);
-    const size_t bytes = static_cast<size_t>(out.numel()) * out.element_size();
-    if (bytes >= size_t{4} << 20) cpu::advise_large_pages(out.mutable_data_ptr(), bytes);
-    return out;
+    const size_t bytes = static_cast<size_t>(x.numel()) * x.element_size();
+    void* const data = bytes >= cpu::kLargeOutput && x.is_contiguous() ? cpu::take_pages(bytes) : nullptr;
+    if (data == nullptr) return uninitialized_like(x);
+    return torch::stable::from_blob(data, x.sizes(), x.strides(), x.device(), x.scalar_type(),
+                                    [bytes](void* pages) { cpu::give_pages(pages, bytes); });
   }
 
   static void parallel(int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {

@@ -141,6 +141,13 @@ void backward_typed(const GaussianBackward& call, ParallelFor parallel) {
   const bool one_weight = call.gkl.data == nullptr || call.reduction >= Reduction::batchmean;
   const C weight = call.gkl.data == nullptr ? C(0) : one_weight ? *static_cast<C*>(call.gkl.data) * factor : C(0);
   PriorGradient<C> prior(call);
+  // Long rows are cut where they end, so that a tile has one weight.
+  const bool row_weights =
+      call.reduction == Reduction::sample && !one_weight && !prior.wanted() && shape.width >= kTile;
+  const auto weight_of_row = [&](int64_t row) {
+    C one[1];
+    return *read_as<C>(call.gkl, shape, row * shape.width, 1, one);
+  };
 
   const auto tile = [&](int64_t group, int64_t begin, int64_t n) {
     alignas(64) T gz[kTile], mu[kTile], rho[kTile], gmu[kTile], grho[kTile];
@@ -149,7 +156,9 @@ void backward_typed(const GaussianBackward& call, ParallelFor parallel) {
     t.gz = read(call.gz, shape, begin, n, gz);
     t.gkl = nullptr;
     t.weight = weight;
-    if (!one_weight) {
+    if (row_weights) {
+      t.weight = weight_of_row(begin / shape.width);
+    } else if (!one_weight) {
       t.gkl = read_as<C>(call.gkl, shape, begin, n, gkl);
       if (factor != C(1)) {
         for (int64_t i = 0; i < n; ++i) gkl[i] = t.gkl[i] * factor;
@@ -174,8 +183,9 @@ void backward_typed(const GaussianBackward& call, ParallelFor parallel) {
 
   if (!prior.wanted()) {
     const int64_t step =
-        one_weight ? tile_step<T>(call, {&call.mu, &call.rho, &call.gz, &call.gmu, &call.grho}) : kTile;
-    for_each_tile(shape.n, step, parallel, [&](int64_t begin, int64_t n) { tile(0, begin, n); });
+        one_weight || row_weights ? tile_step<T>(call, {&call.mu, &call.rho, &call.gz, &call.gmu, &call.grho}) : kTile;
+    const int64_t row = row_weights ? shape.width : shape.n;
+    for_each_tile(shape.n, row, step, parallel, [&](int64_t begin, int64_t n) { tile(0, begin, n); });
     return;
   }
   const int64_t chunks = ceil_div(shape.n, kChunk), groups = prior.groups();
@@ -252,7 +262,7 @@ void log_prob_backward_typed(const LogProbBackward& call, ParallelFor parallel) 
   using C = compute_t<T>;
   const Shape& shape = call.shape;
   const C factor = static_cast<C>(reduction_scale(call.reduction, shape));
-  for_each_tile(shape.n, kTile, parallel, [&](int64_t begin, int64_t n) {
+  for_each_tile(shape.n, shape.n, kTile, parallel, [&](int64_t begin, int64_t n) {
     alignas(64) T x[kTile], mu[kTile], rho[kTile], gx[kTile], gmu[kTile], grho[kTile];
     alignas(64) C grad[kTile];
     LogProbTile<T> t{};

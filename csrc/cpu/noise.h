@@ -68,14 +68,15 @@ VAEOPS_INLINE F high_quads(F a, F b) {
 }
 #endif
 
-// Round keys, made once and kept in vector form.
+// Round keys. Scalars, which the rounds read with a broadcasting load: making vectors of them would cost small tiles
+// dear.
 struct Philox {
-  I k0[10], k1[10];
+  uint64_t k0[10], k1[10];
   VAEOPS_INLINE_METHOD explicit Philox(uint64_t key) {
     uint32_t a = static_cast<uint32_t>(key), b = static_cast<uint32_t>(key >> 32);
     for (int r = 0; r < 10; ++r) {
-      k0[r] = set1_64(a);
-      k1[r] = set1_64(b);
+      k0[r] = a;
+      k1[r] = b;
       a += 0x9E3779B9u;
       b += 0xBB67AE85u;
     }
@@ -104,8 +105,9 @@ VAEOPS_INLINE void normals(uint64_t counter, const Philox& philox, F (&out)[kVec
     I b0 = odd, b1 = high(odd), b2 = a2, b3 = a2;
 #pragma GCC unroll 10
     for (int r = 0; r < 10; ++r) {
-      philox_round(a0, a1, a2, a3, philox.k0[r], philox.k1[r]);
-      philox_round(b0, b1, b2, b3, philox.k0[r], philox.k1[r]);
+      const I k0 = set1_64(philox.k0[r]), k1 = set1_64(philox.k1[r]);
+      philox_round(a0, a1, a2, a3, k0, k1);
+      philox_round(b0, b1, b2, b3, k0, k1);
     }
     F n0, n1, n2, n3;
     box_muller(join(a0, b0), join(a1, b1), n0, n1);

@@ -102,7 +102,10 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
 
         @staticmethod
         def backward(ctx, *grads):
-            if grads.count(None) == outputs:  # an undefined gradient reached every output
+            for g in grads:
+                if g is not None:
+                    break
+            else:  # an undefined gradient reached every output
                 return no_gradient
             kernel = reference if _is_grad_enabled() else bwd_op
             return None, *kernel(*grads, *ctx.saved_tensors, *ctx.options), *nothing

@@ -1,8 +1,5 @@
-// What the machine offers: the instruction set that the CPU kernels use, and large pages.
+// Which instruction set the CPU kernels use.
 #include <atomic>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "vaeops.h"
 
@@ -37,18 +34,6 @@ bool set_isa(Isa wanted) {
   if (wanted < Isa::scalar || wanted > best_isa()) return false;
   chosen.store(static_cast<int32_t>(wanted), std::memory_order_relaxed);
   return true;
-}
-
-void advise_large_pages(void* data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  if (bytes < 2 * kPage) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
 }
 
 }  // namespace vaeops::cpu
