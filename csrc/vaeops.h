@@ -120,8 +120,8 @@ bool set_isa(Isa wanted);  // false when the machine lacks it
 constexpr size_t kLargeOutput = size_t{2} << 20;
 void* take_pages(size_t bytes);
 void give_pages(void* data, size_t bytes);
-// Bytes given back and kept for reuse now.
-size_t idle_pages();
+// Returns what is kept to the system; how many bytes that was.
+size_t release_pages();
 
 }  // namespace cpu
 

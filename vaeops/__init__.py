@@ -6,6 +6,7 @@ _native.load()
 
 from . import nn as nn, objectives as objectives, ref as ref, rng as rng
 from ._info import info as info
+from ._native import empty_cache as empty_cache
 from .ops.gaussian import (
     LatentOutput as LatentOutput,
     gaussian_kl as gaussian_kl,

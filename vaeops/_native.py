@@ -1,6 +1,7 @@
 """Loads the compiled parts, once, and remembers why one is missing. `VAEOPS_NATIVE` and `VAEOPS_CUDA` steer
 it: auto (the default) takes what was built, require refuses to start without it, 0 leaves it out."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -40,6 +41,20 @@ def load() -> None:
 
 def why_not(stem: str) -> str | None:
     return _status.get(stem)
+
+
+def empty_cache() -> int:
+    """Return to the system the memory of large CPU outputs that is kept for reuse; how many bytes that was.
+
+    Outputs of 2 MiB and more that have been freed are kept, up to 512 MiB, since fresh memory costs more than
+    the kernels that fill it.
+    """
+    library = path("_ops_cpu")
+    if library is None:
+        return 0
+    release = ctypes.CDLL(str(library)).vaeops_release_pages
+    release.restype = ctypes.c_size_t
+    return release()
 
 
 def path(stem: str) -> Path | None:

@@ -81,24 +81,29 @@ void give_pages(void* data, size_t bytes) {
     list.bytes -= list.blocks.front().bytes;
     list.blocks.erase(list.blocks.begin());
   }
-#if defined(MADV_FREE)
-  madvise(data, bytes, MADV_FREE);
-#endif
   list.blocks.push_back({data, bytes});
   list.bytes += bytes;
 }
 
-size_t idle_pages() {
-  const std::lock_guard<std::mutex> lock(idle().mutex);
-  return idle().bytes;
+size_t release_pages() {
+  Idle& list = idle();
+  const std::unique_lock<std::mutex> lock(list.mutex, std::try_to_lock);
+  if (!lock.owns_lock()) return 0;
+  const size_t released = list.bytes;
+  for (const Block& block : list.blocks) munmap(block.data, block.bytes);
+  list.blocks.clear();
+  list.bytes = 0;
+  return released;
 }
 
 #else
 
 void* take_pages(size_t) { return nullptr; }
 void give_pages(void*, size_t) {}
-size_t idle_pages() { return 0; }
+size_t release_pages() { return 0; }
 
 #endif
 
 }  // namespace vaeops::cpu
+
+extern "C" __attribute__((visibility("default"))) size_t vaeops_release_pages() { return vaeops::cpu::release_pages(); }

@@ -1,6 +1,7 @@
 // Operands of any strides, read and written a tile at a time: a tile that lies contiguously in memory is used in place,
 // any other is gathered into, or scattered from, a buffer in the first-level cache. So no call copies a whole tensor.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/types.h"
@@ -63,6 +64,8 @@ inline const T* read(const Operand& x, const Shape& shape, int64_t begin, int64_
   for_each_run(shape, x.stride, begin, n, [&](int64_t at, int64_t step, int64_t position, int64_t count) {
     if (step == 1) {
       copy(data + at, buffer + position, count);
+    } else if (step == 0) {
+      std::fill(buffer + position, buffer + position + count, data[at]);
     } else {
       for (int64_t i = 0; i < count; ++i) buffer[position + i] = data[at + i * step];
     }
