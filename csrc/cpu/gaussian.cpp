@@ -76,7 +76,7 @@ void forward_typed(const GaussianForward& call, ParallelFor parallel) {
   const auto options = tile_options<C>(call);
   const int64_t step = tile_step<T>(call, {&call.mu, &call.rho, &call.z});
   reduce_tiles(shape, call.reduction, static_cast<C*>(call.kl), step, parallel,
-               [&](int64_t begin, int64_t n, C* elements, C* lanes) {
+               [&](int64_t begin, int64_t n, const Sink<C>& sink) {
                  alignas(64) T mu[kTile], rho[kTile], z[kTile];
                  alignas(64) C prior_mu[kTile], prior_rho[kTile], eps[kTile];
                  ForwardTile<T> t;
@@ -86,8 +86,7 @@ void forward_typed(const GaussianForward& call, ParallelFor parallel) {
                  t.prior_rho = read_as<C>(call.prior_rho, shape, begin, n, prior_rho);
                  t.noise = tile_noise<C>(call, begin, n, eps);
                  t.z = target(call.z, shape, begin, n, z);
-                 t.elements = elements;
-                 t.lanes = lanes;
+                 t.kl = sink;
                  t.n = n;
                  run(t, options);
                  put(call.z, shape, begin, n, t.z, z);
@@ -141,11 +140,13 @@ void backward_typed(const GaussianBackward& call, ParallelFor parallel) {
   const bool one_weight = call.gkl.data == nullptr || call.reduction >= Reduction::batchmean;
   const C weight = call.gkl.data == nullptr ? C(0) : one_weight ? *static_cast<C*>(call.gkl.data) * factor : C(0);
   PriorGradient<C> prior(call);
-  // Long rows are cut where they end, so that a tile has one weight.
-  const bool row_weights =
-      call.reduction == Reduction::sample && !one_weight && !prior.wanted() && shape.width >= kTile;
+  // Rows of whole groups of 64 have one weight each: a tile is then whole rows, or part of one.
+  const bool row_weights = call.reduction == Reduction::sample && !one_weight && !prior.wanted() && shape.width > 0 &&
+                           shape.width % kLanes == 0;
   const auto weight_of_row = [&](int64_t row) {
     C one[1];
+    if (shape.ndim == 2 && shape.size[1] == shape.width)
+      return static_cast<C*>(call.gkl.data)[row * call.gkl.stride[0]];
     return *read_as<C>(call.gkl, shape, row * shape.width, 1, one);
   };
 
@@ -156,8 +157,13 @@ void backward_typed(const GaussianBackward& call, ParallelFor parallel) {
     t.gz = read(call.gz, shape, begin, n, gz);
     t.gkl = nullptr;
     t.weight = weight;
-    if (row_weights) {
+    t.row = 0;
+    if (row_weights && begin / shape.width == (begin + n - 1) / shape.width) {
       t.weight = weight_of_row(begin / shape.width);
+    } else if (row_weights && begin % shape.width == 0 && n % shape.width == 0) {
+      for (int64_t k = 0; k < n / shape.width; ++k) gkl[k] = weight_of_row(begin / shape.width + k);
+      t.gkl = gkl;
+      t.row = shape.width;
     } else if (!one_weight) {
       t.gkl = read_as<C>(call.gkl, shape, begin, n, gkl);
       if (factor != C(1)) {
@@ -184,7 +190,8 @@ void backward_typed(const GaussianBackward& call, ParallelFor parallel) {
   if (!prior.wanted()) {
     const int64_t step =
         one_weight || row_weights ? tile_step<T>(call, {&call.mu, &call.rho, &call.gz, &call.gmu, &call.grho}) : kTile;
-    const int64_t row = row_weights ? shape.width : shape.n;
+    // As many whole rows as a tile holds, or tiles that end where a row does.
+    const int64_t row = !row_weights ? shape.n : shape.width < step ? step / shape.width * shape.width : shape.width;
     for_each_tile(shape.n, row, step, parallel, [&](int64_t begin, int64_t n) { tile(0, begin, n); });
     return;
   }
@@ -244,14 +251,13 @@ void log_prob_typed(const LogProbForward& call, ParallelFor parallel) {
   using C = compute_t<T>;
   const Shape& shape = call.shape;
   reduce_tiles(shape, call.reduction, static_cast<C*>(call.out), kTile, parallel,
-               [&](int64_t begin, int64_t n, C* elements, C* lanes) {
+               [&](int64_t begin, int64_t n, const Sink<C>& sink) {
                  alignas(64) T x[kTile], mu[kTile], rho[kTile];
                  LogProbTile<T> t{};
                  t.x = read(call.x, shape, begin, n, x);
                  t.mu = read(call.mu, shape, begin, n, mu);
                  t.rho = read(call.rho, shape, begin, n, rho);
-                 t.elements = elements;
-                 t.lanes = lanes;
+                 t.out = sink;
                  t.n = n;
                  run(t, call.param);
                });

@@ -33,7 +33,20 @@ inline double clamp(double rho, const TileOptions<double>& o) {
   return rho < o.clamp_lo ? o.clamp_lo : rho > o.clamp_hi ? o.clamp_hi : rho;
 }
 
+// One element's value to where the tile wants it; `lanes` are the running sums of the present row.
+inline void deliver(const Sink<double>& sink, int64_t i, double value, double (&lanes)[kLanes]) {
+  if (sink.elements != nullptr) sink.elements[i] = value;
+  if (sink.lanes != nullptr) sink.lanes[i % kLanes] += value;
+  if (sink.row_sums == nullptr) return;
+  lanes[i % kLanes] += value;
+  if ((i + 1) % sink.row == 0) {
+    sink.row_sums[i / sink.row] = sum_lanes(lanes);
+    for (double& lane : lanes) lane = 0;
+  }
+}
+
 inline void forward(const ForwardTile<double>& t, const TileOptions<double>& o) {
+  double lanes[kLanes] = {};
   for (int64_t i = 0; i < t.n; ++i) {
     const double mu = t.mu[i], rho = clamp(t.rho[i], o), lv = log_variance(rho, o.param);
     if (t.noise.eps != nullptr) t.z[i] = mu + o.temperature * deviation(rho, o.param) * t.noise.eps[i];
@@ -44,15 +57,14 @@ inline void forward(const ForwardTile<double>& t, const TileOptions<double>& o) 
     } else {
       kl = 0.5 * (mu * mu + expm1_gap(lv));
     }
-    if (t.elements != nullptr) t.elements[i] = kl;
-    if (t.lanes != nullptr) t.lanes[i % 64] += kl;
+    deliver(t.kl, i, kl, lanes);
   }
 }
 
 inline void backward(const BackwardTile<double>& t, const TileOptions<double>& o) {
   for (int64_t i = 0; i < t.n; ++i) {
     const double mu = t.mu[i], raw = t.rho[i], rho = clamp(raw, o), lv = log_variance(rho, o.param);
-    const double w = t.gkl != nullptr ? t.gkl[i] : t.weight, slope = chain(rho, o.param);
+    const double w = t.gkl == nullptr ? t.weight : t.gkl[t.row > 0 ? i / t.row : i], slope = chain(rho, o.param);
     double g_mu = w * mu, growth = std::expm1(lv);
     if (t.prior_mu != nullptr) {
       const double s = deviation(t.prior_rho[i], o.param), d = (mu - t.prior_mu[i]) / s;
@@ -75,11 +87,11 @@ inline void backward(const BackwardTile<double>& t, const TileOptions<double>& o
 }
 
 inline void log_prob(const LogProbTile<double>& t, Param param) {
+  double lanes[kLanes] = {};
   for (int64_t i = 0; i < t.n; ++i) {
     const double d = (t.x[i] - t.mu[i]) / deviation(t.rho[i], param);
     const double value = -0.5 * (d * d + log_variance(t.rho[i], param) + 1.8378770664093454836);  // log 2 pi
-    if (t.elements != nullptr) t.elements[i] = value;
-    if (t.lanes != nullptr) t.lanes[i % 64] += value;
+    deliver(t.out, i, value, lanes);
   }
 }
 

@@ -78,7 +78,7 @@ VAEOPS_INLINE void forward_block(const ForwardTile<T>& t, int64_t i, const Optio
       const F eps = plain || t.noise.drawn ? noise[v] : load(t.noise.eps + at);
       store(t.z + at, fma(plain ? sigma : sigma * set1(o.temperature), eps, mu));
     }
-    if (!plain && t.lanes == nullptr && elements == nullptr) continue;
+    if (!plain && elements == nullptr && !t.kl.any()) continue;
     F twice;  // 2 KL
     if (!plain && t.prior_mu != nullptr) {
       const F prior_rho = load(t.prior_rho + at);
@@ -98,16 +98,26 @@ VAEOPS_INLINE void forward_block(const ForwardTile<T>& t, int64_t i, const Optio
 template <bool kPlain, class T>
 static void forward_tile(const ForwardTile<T>& t, const Options& o) {
   const Philox philox(t.noise.key);
+  const Sink<float>& kl = t.kl;
   F noise[kVectors], lanes[kVectors];
-  for (int v = 0; v < kVectors; ++v) lanes[v] = t.lanes != nullptr ? load(t.lanes + v * kWidth) : set1(0.0f);
+  for (int v = 0; v < kVectors; ++v) lanes[v] = kl.lanes != nullptr ? load(kl.lanes + v * kWidth) : set1(0.0f);
   uint64_t counter = t.noise.counter;
   int64_t i = 0;
-  for (; t.n - i >= kBlock; i += kBlock, counter += kBlock / 4) {
-    if (kPlain || t.noise.drawn) normals(counter, philox, noise);
-    forward_block<kPlain>(t, i, o, noise, lanes, t.elements == nullptr ? nullptr : t.elements + i);
+  for (int64_t end = kl.row_sums != nullptr ? kl.row : t.n; end <= t.n; end += kl.row) {
+    for (; end - i >= kBlock; i += kBlock, counter += kBlock / 4) {
+      if (kPlain || t.noise.drawn) normals(counter, philox, noise);
+      forward_block<kPlain>(t, i, o, noise, lanes, kl.elements == nullptr ? nullptr : kl.elements + i);
+    }
+    if (kl.row_sums == nullptr) break;
+    alignas(64) float sums[kLanes];
+    for (int v = 0; v < kVectors; ++v) {
+      store(sums + v * kWidth, lanes[v]);
+      lanes[v] = set1(0.0f);
+    }
+    kl.row_sums[end / kl.row - 1] = static_cast<float>(sum_lanes(sums));
   }
-  if (t.lanes != nullptr) {
-    for (int v = 0; v < kVectors; ++v) store(t.lanes + v * kWidth, lanes[v]);
+  if (kl.lanes != nullptr) {
+    for (int v = 0; v < kVectors; ++v) store(kl.lanes + v * kWidth, lanes[v]);
   }
   if (i == t.n) return;
   // The rest, padded to a block with what is harmless in every parametrisation.
@@ -131,24 +141,24 @@ static void forward_tile(const ForwardTile<T>& t, const Options& o) {
     padded.noise.eps = eps;
   }
   if (t.noise.drawn) normals(counter, philox, noise);
-  const bool wanted = t.lanes != nullptr || t.elements != nullptr;
-  forward_block<false>(padded, 0, o, noise, lanes, wanted ? elements : nullptr);
+  forward_block<false>(padded, 0, o, noise, lanes, kl.any() ? elements : nullptr);
   if (t.noise.any()) copy(z, t.z + i, rest);
-  if (t.elements != nullptr) copy(elements, t.elements + i, rest);
-  if (t.lanes != nullptr) {
-    for (int64_t k = 0; k < rest; ++k) t.lanes[k] += elements[k];
+  if (kl.elements != nullptr) copy(elements, kl.elements + i, rest);
+  if (kl.lanes != nullptr) {
+    for (int64_t k = 0; k < rest; ++k) kl.lanes[k] += elements[k];
   }
 }
 
 template <class T>
 static void forward(const ForwardTile<T>& t, const Options& o) {
   const bool plain = o.param == Param::logvar && !o.clamped && o.temperature == 1.0f && t.prior_mu == nullptr &&
-                     t.noise.drawn && t.lanes != nullptr;
+                     t.noise.drawn && (t.kl.lanes != nullptr || t.kl.row_sums != nullptr);
   plain ? forward_tile<true>(t, o) : forward_tile<false>(t, o);
 }
 
 template <bool kPlain, class T>
-VAEOPS_INLINE void backward_block(const BackwardTile<T>& t, int64_t i, const Options& o, const F* noise) {
+VAEOPS_INLINE void backward_block(const BackwardTile<T>& t, int64_t i, const Options& o, const F* noise,
+                                  const float* gkl, F weight) {
   const bool plain = kPlain;
   const Param param = plain ? Param::logvar : o.param;
 #pragma GCC unroll 4
@@ -158,7 +168,7 @@ VAEOPS_INLINE void backward_block(const BackwardTile<T>& t, int64_t i, const Opt
     const F rho = !plain && o.clamped ? clamp(raw, o) : raw;
     const F lv = log_variance(rho, param);
     const Exp e = exp_parts(lv * set1(0.5f));
-    const F w = t.gkl != nullptr ? load(t.gkl + at) : set1(t.weight);
+    const F w = gkl != nullptr ? load(gkl + at) : weight;
     // g_rho gathers twice the gradient of log sigma^2, which is that of log sigma.
     F g_mu, g_rho;
     if (!plain && t.prior_mu != nullptr) {
@@ -203,14 +213,20 @@ static void backward_tile(const BackwardTile<T>& t, const Options& o) {
   F noise[kVectors];
   uint64_t counter = t.noise.counter;
   int64_t i = 0;
-  for (; t.n - i >= kBlock; i += kBlock, counter += kBlock / 4) {
-    if (kPlain || t.noise.drawn) normals(counter, philox, noise);
-    backward_block<kPlain>(t, i, o, noise);
+  const bool rows = t.row > 0;
+  const float* const gkl = rows ? nullptr : t.gkl;
+  for (int64_t end = rows ? t.row : t.n; end <= t.n; end += t.row) {
+    const F weight = set1(rows ? t.gkl[end / t.row - 1] : t.weight);
+    for (; end - i >= kBlock; i += kBlock, counter += kBlock / 4) {
+      if (kPlain || t.noise.drawn) normals(counter, philox, noise);
+      backward_block<kPlain>(t, i, o, noise, gkl, weight);
+    }
+    if (!rows) break;
   }
   if (i == t.n) return;
   const int64_t rest = t.n - i;
   T gz[kBlock] = {}, mu[kBlock] = {}, rho[kBlock] = {}, gmu[kBlock], grho[kBlock];
-  float gkl[kBlock] = {}, prior_mu[kBlock] = {}, prior_rho[kBlock] = {}, eps[kBlock] = {};
+  float gkl_rest[kBlock] = {}, prior_mu[kBlock] = {}, prior_rho[kBlock] = {}, eps[kBlock] = {};
   float gprior_mu[kBlock], gprior_rho[kBlock];
   BackwardTile<T> padded = t;
   copy(t.mu + i, mu, rest);
@@ -223,10 +239,7 @@ static void backward_tile(const BackwardTile<T>& t, const Options& o) {
     copy(t.gz + i, gz, rest);
     padded.gz = gz;
   }
-  if (t.gkl != nullptr) {
-    copy(t.gkl + i, gkl, rest);
-    padded.gkl = gkl;
-  }
+  if (gkl != nullptr) copy(gkl + i, gkl_rest, rest);
   if (t.prior_mu != nullptr) {
     copy(t.prior_mu + i, prior_mu, rest);
     copy(t.prior_rho + i, prior_rho, rest);
@@ -242,7 +255,7 @@ static void backward_tile(const BackwardTile<T>& t, const Options& o) {
     padded.gprior_rho = gprior_rho;
   }
   if (t.noise.drawn) normals(counter, philox, noise);
-  backward_block<kPlain>(padded, 0, o, noise);
+  backward_block<kPlain>(padded, 0, o, noise, gkl != nullptr ? gkl_rest : nullptr, set1(t.weight));
   copy(gmu, t.gmu + i, rest);
   copy(grho, t.grho + i, rest);
   if (t.gprior_mu != nullptr) {
@@ -271,7 +284,8 @@ VAEOPS_INLINE void log_prob_block(const LogProbTile<T>& t, int64_t i, Param para
 
 template <class T>
 static void log_prob(const LogProbTile<T>& t, Param param) {
-  float elements[kBlock];
+  float elements[kBlock], own[kLanes] = {};
+  float* const lanes = t.out.lanes != nullptr ? t.out.lanes : own;
   int64_t i = 0;
   for (; i < t.n; i += kBlock) {
     const int64_t count = t.n - i < kBlock ? t.n - i : kBlock;
@@ -288,9 +302,13 @@ static void log_prob(const LogProbTile<T>& t, Param param) {
       padded.rho = rho;
       log_prob_block(padded, 0, param, elements);
     }
-    if (t.elements != nullptr) copy(elements, t.elements + i, count);
-    if (t.lanes != nullptr) {
-      for (int64_t k = 0; k < count; ++k) t.lanes[k] += elements[k];
+    if (t.out.elements != nullptr) copy(elements, t.out.elements + i, count);
+    if (t.out.lanes != nullptr || t.out.row_sums != nullptr) {
+      for (int64_t k = 0; k < count; ++k) lanes[k] += elements[k];
+    }
+    if (t.out.row_sums != nullptr && (i + kBlock) % t.out.row == 0) {
+      t.out.row_sums[(i + kBlock) / t.out.row - 1] = static_cast<float>(sum_lanes(lanes));
+      for (int k = 0; k < kLanes; ++k) lanes[k] = 0;
     }
   }
 }

@@ -5,27 +5,17 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/gaussian_tiles.h"
 #include "cpu/strided.h"
 #include "vaeops.h"
 
 namespace vaeops::cpu {
 
-constexpr int kLanes = 64;           // running sums of a tile kernel: element i goes to lane i % 64
 constexpr int64_t kShortRow = 256;   // samples of fewer elements share tiles
 constexpr int64_t kWideRow = 16384;  // from here on a mean over the batch is split by columns, not by rows
 
-template <class C>
-inline double sum_lanes(const C* lanes) {
-  double sums[8] = {};  // eight chains of additions, for speed; the order is fixed
-  for (int i = 0; i < kLanes; i += 8) {
-    for (int k = 0; k < 8; ++k) sums[k] += lanes[i + k];
-  }
-  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
-}
-
-// Runs `tile(begin, n, elements, lanes)` over every element of `shape` and reduces what it yields into `out`. The tile
-// function writes element values to `elements` [n], or adds them to `lanes` [64]; at most one of the two is given. n is
-// at most `step` (kTile, or kChunk for a tile function that needs no buffers), and kTile where elements are asked for.
+// Runs `tile(begin, n, sink)` over every element of `shape` and reduces what it yields into `out`. n is at most `step`
+// (kTile, or kChunk for a tile function that needs no buffers), and kTile where elements are summed here.
 template <class C, class Tile>
 inline void reduce_tiles(const Shape& shape, Reduction reduction, C* out, int64_t step, ParallelFor parallel,
                          const Tile& tile) {
@@ -37,7 +27,9 @@ inline void reduce_tiles(const Shape& shape, Reduction reduction, C* out, int64_
     parallel_for(loop, ceil_div(n, kChunk), [&](int64_t task) {
       const int64_t end = std::min(n, (task + 1) * kChunk);
       for (int64_t at = task * kChunk; at < end; at += step) {
-        tile(at, std::min(step, end - at), reduction == Reduction::none ? out + at : nullptr, static_cast<C*>(nullptr));
+        Sink<C> sink;
+        if (reduction == Reduction::none) sink.elements = out + at;
+        tile(at, std::min(step, end - at), sink);
       }
     });
     return;
@@ -46,7 +38,9 @@ inline void reduce_tiles(const Shape& shape, Reduction reduction, C* out, int64_
   // Sums the elements [begin, end) in lanes.
   const auto sum = [&](int64_t begin, int64_t end) {
     alignas(64) C lanes[kLanes] = {};
-    for (int64_t at = begin; at < end; at += step) tile(at, std::min(step, end - at), static_cast<C*>(nullptr), lanes);
+    Sink<C> sink;
+    sink.lanes = lanes;
+    for (int64_t at = begin; at < end; at += step) tile(at, std::min(step, end - at), sink);
     return sum_lanes(lanes);
   };
 
@@ -58,12 +52,27 @@ inline void reduce_tiles(const Shape& shape, Reduction reduction, C* out, int64_
         const int64_t end = std::min(rows, (task + 1) * task_rows);
         for (int64_t row = task * task_rows; row < end; row += tile_rows) {
           const int64_t count = std::min(tile_rows, end - row);
-          if (width > 0) tile(row * width, count * width, elements, static_cast<C*>(nullptr));
+          Sink<C> sink;
+          sink.elements = elements;
+          if (width > 0) tile(row * width, count * width, sink);
           for (int64_t r = 0; r < count; ++r) {
             double s = 0;
             for (int64_t i = 0; i < width; ++i) s += elements[r * width + i];
             out[row + r] = static_cast<C>(s);
           }
+        }
+      });
+      return;
+    }
+    if (width % kLanes == 0 && width <= step) {  // whole rows to a tile, summed by the kernel
+      const int64_t tile_rows = step / width, task_rows = tile_rows * (kChunk / step);
+      parallel_for(loop, ceil_div(rows, task_rows), [&](int64_t task) {
+        const int64_t end = std::min(rows, (task + 1) * task_rows);
+        for (int64_t row = task * task_rows; row < end; row += tile_rows) {
+          Sink<C> sink;
+          sink.row_sums = out + row;
+          sink.row = width;
+          tile(row * width, std::min(tile_rows, end - row) * width, sink);
         }
       });
       return;
@@ -91,7 +100,9 @@ inline void reduce_tiles(const Shape& shape, Reduction reduction, C* out, int64_
         const int64_t column = task * kTile, count = std::min(kTile, width - column);
         double sums[kTile] = {};
         for (int64_t row = 0; row < rows; ++row) {
-          tile(row * width + column, count, elements, static_cast<C*>(nullptr));
+          Sink<C> sink;
+          sink.elements = elements;
+          tile(row * width + column, count, sink);
           for (int64_t i = 0; i < count; ++i) sums[i] += elements[i];
         }
         for (int64_t i = 0; i < count; ++i) out[column + i] = static_cast<C>(sums[i] * factor);
@@ -106,7 +117,9 @@ inline void reduce_tiles(const Shape& shape, Reduction reduction, C* out, int64_
       const int64_t end = std::min(n, (group + 1) * chunks / groups * kChunk);
       for (int64_t at = group * chunks / groups * kChunk; at < end; at += kTile) {
         const int64_t count = std::min(kTile, end - at);
-        tile(at, count, elements, static_cast<C*>(nullptr));
+        Sink<C> sink;
+        sink.elements = elements;
+        tile(at, count, sink);
         for (int64_t i = 0, column = at % width; i < count;) {
           const int64_t run = std::min(count - i, width - column);
           for (int64_t k = 0; k < run; ++k) own[column + k] += elements[i + k];
