@@ -14,7 +14,6 @@ VAEOPS_INLINE I iset1(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)
 VAEOPS_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 VAEOPS_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
 VAEOPS_INLINE F sqrt(F x) { return _mm512_sqrt_ps(x); }
-VAEOPS_INLINE F rint(F x) { return _mm512_roundscale_ps(x, 8); }
 VAEOPS_INLINE I bits(F x) { return _mm512_castps_si512(x); }
 VAEOPS_INLINE F floats(I x) { return _mm512_castsi512_ps(x); }
 VAEOPS_INLINE I to_int(F x) { return _mm512_cvtps_epi32(x); }
@@ -36,10 +35,8 @@ VAEOPS_INLINE F xor_bit(F x, I y, I bit) {  // x ^ (y & bit)
 // NaN in x stays: min and max return their second operand when either is NaN.
 VAEOPS_INLINE F at_most(F x, float bound) { return _mm512_min_ps(set1(bound), x); }
 VAEOPS_INLINE F at_least(F x, float bound) { return _mm512_max_ps(set1(bound), x); }
-// 2^j; j integral, in [-126, 127]
+// 2^j; j integral, in [-150, 127]: subnormal at the low end
 VAEOPS_INLINE F power_of_two(F j) { return _mm512_scalef_ps(set1(1.0f), j); }
-// p 2^j rounded once; j integral, in [-150, 128]
-VAEOPS_INLINE F scale(F p, F j) { return _mm512_scalef_ps(p, j); }
 
 VAEOPS_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 VAEOPS_INLINE F load(const bf16* p) {
@@ -72,7 +69,6 @@ VAEOPS_INLINE I iset1(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)
 VAEOPS_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 VAEOPS_INLINE F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
 VAEOPS_INLINE F sqrt(F x) { return _mm256_sqrt_ps(x); }
-VAEOPS_INLINE F rint(F x) { return _mm256_round_ps(x, 8); }
 VAEOPS_INLINE I bits(F x) { return _mm256_castps_si256(x); }
 VAEOPS_INLINE F floats(I x) { return _mm256_castsi256_ps(x); }
 VAEOPS_INLINE I to_int(F x) { return _mm256_cvtps_epi32(x); }
@@ -94,10 +90,10 @@ VAEOPS_INLINE F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m
 VAEOPS_INLINE F xor_bit(F x, I y, I bit) { return floats(_mm256_xor_si256(bits(x), iand(y, bit))); }
 VAEOPS_INLINE F at_most(F x, float bound) { return _mm256_min_ps(set1(bound), x); }
 VAEOPS_INLINE F at_least(F x, float bound) { return _mm256_max_ps(set1(bound), x); }
-VAEOPS_INLINE F power_of_two(F j) { return floats(shl<23>(iadd(to_int(j), iset1(127)))); }
-VAEOPS_INLINE F scale(F p, F j) {  // two steps, of which only the second may leave the normal range and round
-  const F low = at_least(at_most(j, 127.0f), -100.0f);
-  return p * power_of_two(low) * power_of_two(j - low);
+VAEOPS_INLINE F normal_power(F j) { return floats(shl<23>(iadd(to_int(j), iset1(127)))); }
+VAEOPS_INLINE F power_of_two(F j) {  // two normal factors, whose product may be subnormal and is exact
+  const F normal = at_least(j, -100.0f);
+  return normal_power(normal) * normal_power(j - normal);
 }
 
 VAEOPS_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -131,7 +127,6 @@ VAEOPS_INLINE I iset1(uint32_t x) { return x; }
 VAEOPS_INLINE F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
 VAEOPS_INLINE F fnma(F a, F b, F c) { return __builtin_fmaf(-a, b, c); }
 VAEOPS_INLINE F sqrt(F x) { return __builtin_sqrtf(x); }
-VAEOPS_INLINE F rint(F x) { return __builtin_rintf(x); }
 VAEOPS_INLINE I bits(F x) { return float_bits(x); }
 VAEOPS_INLINE F floats(I x) { return bits_float(x); }
 VAEOPS_INLINE I to_int(F x) { return x == x ? static_cast<uint32_t>(static_cast<int32_t>(x)) : 0; }
@@ -150,10 +145,10 @@ VAEOPS_INLINE F select(Mask m, F yes, F no) { return m ? yes : no; }
 VAEOPS_INLINE F xor_bit(F x, I y, I bit) { return floats(bits(x) ^ (y & bit)); }
 VAEOPS_INLINE F at_most(F x, float bound) { return bound < x ? bound : x; }
 VAEOPS_INLINE F at_least(F x, float bound) { return x < bound ? bound : x; }
-VAEOPS_INLINE F power_of_two(F j) { return floats((to_int(j) + 127u) << 23); }
-VAEOPS_INLINE F scale(F p, F j) {
-  const F low = at_least(at_most(j, 127.0f), -100.0f);
-  return p * power_of_two(low) * power_of_two(j - low);
+VAEOPS_INLINE F normal_power(F j) { return floats((to_int(j) + 127u) << 23); }
+VAEOPS_INLINE F power_of_two(F j) {
+  const F normal = at_least(j, -100.0f);
+  return normal_power(normal) * normal_power(j - normal);
 }
 
 VAEOPS_INLINE F load(const float* p) { return *p; }

@@ -122,22 +122,19 @@ __device__ __forceinline__ Exp<float> exp_parts(float x) {
   const float h1 = h > 89.0f ? 89.0f : h;  // exp(89) overflows; written so that NaN stays
   const float hc = h1 < -104.0f ? -104.0f : h1;
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits: no conversions, which are slow.
-  const float shifted = __fadd_rn(__fmul_rn(hc, 1.44269504f), 12582912.0f);
+  const float shifted = fminf(__fmaf_rn(hc, 1.44269504f, 12582912.0f), 12582912.0f + 127.0f);
   const float j = __fadd_rn(shifted, -12582912.0f);
   const int32_t power = static_cast<int32_t>(__float_as_uint(shifted) - 0x4B400000u);
   const float f = __fmaf_rn(-j, 1.42860677e-6f, __fmaf_rn(-j, 0.693145752f, hc));
   const float q = poly(f, 1.37805939e-3f, 8.37312452e-3f, 4.16695364e-2f, 1.66664720e-1f, 4.99999851e-1f);
   const float r = __fmul_rn(q, __fmul_rn(f, f));
-  // exp(h) may be subnormal or overflow: the power of two is applied in two normal factors, of which only the second
-  // may leave the normal range and round.
-  const int32_t first = power < -126 ? -126 : power > 127 ? 127 : power;
-  const int32_t safe = power < -100 ? -100 : first;
-  const float scale = power_of_two(first);
-  const float m1 = __fmaf_rn(scale, f, __fadd_rn(scale, -1.0f));
-  const float u = __fmaf_rn(scale, r, m1);                   // exp(h) - 1
-  const float gh = __fmaf_rn(scale, r, __fadd_rn(m1, -h1));  // exp(h) - 1 - h
-  return {__fmul_rn(__fmul_rn(__fadd_rn(1.0f, __fadd_rn(f, r)), power_of_two(safe)), power_of_two(power - safe)),
-          __fmul_rn(u, __fadd_rn(u, 2.0f)), __fmaf_rn(u, u, __fmul_rn(2.0f, gh))};
+  // 2^j by two normal factors, whose product may be subnormal and is exact.
+  const int32_t normal = power < -100 ? -100 : power;
+  const float scale = __fmul_rn(power_of_two(normal), power_of_two(power - normal));
+  const float growth = __fadd_rn(f, r), below = __fadd_rn(scale, -1.0f);
+  const float u = __fmaf_rn(scale, growth, below);                                   // exp(h) - 1
+  const float gh = __fmaf_rn(scale, r, __fadd_rn(__fmaf_rn(scale, f, below), -h1));  // exp(h) - 1 - h
+  return {__fmaf_rn(scale, growth, scale), __fmul_rn(u, __fadd_rn(u, 2.0f)), __fmaf_rn(u, u, __fmul_rn(2.0f, gh))};
 }
 
 __device__ __forceinline__ Exp<double> exp_parts(double x) {

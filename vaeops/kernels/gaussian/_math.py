@@ -20,7 +20,8 @@ def exp_parts(h):
     """
     top = tl.where(h > 89.0, 89.0, h)  # exp overflows there; the comparison keeps NaN
     low = tl.where(top < -104.0, -104.0, top)  # and rounds to 0 there
-    j = low * 1.44269504 + 12582912.0 - 12582912.0  # to the nearest integer
+    j = tl.fma(low, 1.44269504, 12582912.0) - 12582912.0  # to the nearest integer
+    j = tl.where(j > 127.0, 127.0, j)
     f = tl.fma(j, -0.693145752, low)
     f = tl.fma(j, -1.42860677e-6, f)
     q = tl.fma(f, 1.37805939e-3, 8.37312452e-3)
@@ -28,11 +29,12 @@ def exp_parts(h):
     q = tl.fma(f, q, 1.66664720e-1)
     q = tl.fma(f, q, 4.99999851e-1)
     r = q * (f * f)
-    normal = tl.where(j > 127.0, 127.0, tl.where(j < -100.0, -100.0, j))
-    s = power_of_two(normal)
-    exp = (1.0 + (f + r)) * s * power_of_two(j - normal)  # rounds once, in a subnormal's last product
+    growth = f + r
+    normal = tl.where(j < -100.0, -100.0, j)
+    s = power_of_two(normal) * power_of_two(j - normal)  # 2^j: exact, also where it is subnormal
+    exp = tl.fma(s, growth, s)
+    expm1 = tl.fma(s, growth, s - 1.0)
     gap = tl.fma(s, r, tl.fma(s, f, s - 1.0) - top)
-    expm1 = tl.where(top < -104.0, -1.0, top + gap)  # -inf + inf otherwise
     return exp, expm1, gap
 
 
