@@ -71,10 +71,12 @@ class Differentiable:
         return self._kernel[impl](*tensors, *options)
 
     def _wants_gradient(self, tensors: tuple) -> bool:
-        if _is_grad_enabled():
-            for t in tensors[: self._wrt]:
-                if t is not None and t.requires_grad:
-                    return True
+        if not _is_grad_enabled():
+            return False
+        for i in range(self._wrt):
+            t = tensors[i]
+            if t is not None and t.requires_grad:
+                return True
         return False
 
 

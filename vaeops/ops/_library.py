@@ -73,9 +73,11 @@ def serving(device_type: str) -> str:
     return "ref"
 
 
-def check_impl(op: str, impl: str | None, device_type: str) -> None:
+def check_impl(op: str, impl: str | None, like: torch.Tensor) -> None:
+    """Raises, with every reason, where a forced implementation cannot run on `like`'s device here."""
     if impl is None:
         return
+    device_type = like.device.type
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be None or one of {IMPLS}, got {impl!r}")
     reason = why_not(impl, device_type)

@@ -199,7 +199,7 @@ def normal(
     check_seed("normal", seed, prefix=size)
     if seed.dim() - 1 > len(size):
         raise ValueError(f"normal: seed {list(seed.shape)} has more stream dims than shape {list(size)}")
-    check_impl("normal", impl, seed.device.type)
+    check_impl("normal", impl, seed)
     return _NORMAL[impl](seed, size)
 
 

@@ -81,5 +81,5 @@ def gaussian_log_prob(x: Tensor, mu: Tensor, logvar: Tensor, *, param: str = "lo
     _, param_code, _, _, reduction_code, _, _ = check.options(
         op, mu, 0, param, None, reduction, batch_ndim, 1.0
     )
-    check_impl(op, impl, mu.device.type)
+    check_impl(op, impl, mu)
     return _log_prob(impl, (param_code, reduction_code, batch_ndim), x, mu, logvar)

@@ -189,7 +189,7 @@ def reparam_kl(mu: Tensor, logvar: Tensor, *, prior: tuple[Tensor, Tensor] | Non
     mu, logvar = check.pair("reparam_kl", "mu", "logvar", mu, logvar)
     options = check.options("reparam_kl", mu, 0, param, clamp, reduction, batch_ndim, temperature)
     mu_p, rho_p = check.prior_pair("reparam_kl", prior, mu)
-    check_impl("reparam_kl", impl, mu.device.type)
+    check_impl("reparam_kl", impl, mu)
     seed, eps = check.noise("reparam_kl", mu, batch_ndim, seed, generator, eps)
     z, kl = _step(impl, options, mu, logvar, mu_p, rho_p, seed, eps)
     return LatentOutput(z, kl, seed)
@@ -231,7 +231,7 @@ def reparam_kl_packed(moments: Tensor, *, dim: int = 1, prior: tuple[Tensor, Ten
     half = moments.detach().narrow(dim, 0, moments.shape[dim] // 2)
     options = check.options(op, half, dim, param, clamp, reduction, batch_ndim, temperature)
     mu_p, rho_p = check.prior_pair(op, prior, half)
-    check_impl(op, impl, moments.device.type)
+    check_impl(op, impl, moments)
     seed, eps = check.noise(op, half, batch_ndim, seed, generator, eps)
     z, kl = _step(impl, options, moments, None, mu_p, rho_p, seed, eps)
     return LatentOutput(z, kl, seed)
@@ -252,7 +252,7 @@ def reparameterize(mu: Tensor, logvar: Tensor, *, param: str = "logvar",
     dim, code, lo, hi, _, _, scale = check.options(
         "reparameterize", mu, 0, param, clamp, "none", 0, temperature
     )
-    check_impl("reparameterize", impl, mu.device.type)
+    check_impl("reparameterize", impl, mu)
     seed, eps = check.noise("reparameterize", mu, mu.dim(), seed, generator, eps)
     z, _ = _step(impl, (dim, code, lo, hi, NO_KL, 0, scale), mu, logvar, None, None, seed, eps)
     return z
@@ -270,6 +270,6 @@ def gaussian_kl(mu: Tensor, logvar: Tensor, *, prior: tuple[Tensor, Tensor] | No
     mu, logvar = check.pair("gaussian_kl", "mu", "logvar", mu, logvar)
     options = check.options("gaussian_kl", mu, 0, param, clamp, reduction, batch_ndim, 1.0)
     mu_p, rho_p = check.prior_pair("gaussian_kl", prior, mu)
-    check_impl("gaussian_kl", impl, mu.device.type)
+    check_impl("gaussian_kl", impl, mu)
     _, kl = _step(impl, options, mu, logvar, mu_p, rho_p, None, None)
     return kl
