@@ -2,7 +2,7 @@
 
     python bench/sweep.py --out sweep.csv [--case FAMILY]
 
-The hook is `vaeops.kernels._layout.settings(dtype) -> (elements of a tile, warps of a program)`, which the
+The hook is `vaeops.kernels._layout.settings(dtype, prior_sums) -> (elements of a tile, warps)`, which the
 launchers ask at every call. Each candidate takes its place, passes the case's check, and is timed in rounds
 interleaved with the others'.
 """
@@ -90,7 +90,7 @@ def sweep(case: Case, layout: ModuleType, device: torch.device, rounds: int) -> 
 
 
 def _always(candidate: tuple[int, int]) -> Callable:
-    return lambda dtype: candidate
+    return lambda dtype, prior_sums=False: candidate
 
 
 def _stepper(

@@ -250,7 +250,7 @@ def test_launchers_take_the_settings_that_the_sweep_puts_in_place():
         from bench import sweep
         from vaeops.kernels import _layout
         asked, present = [], _layout.settings
-        sweep.use(_layout, lambda dtype: asked.append(dtype) or present(dtype))
+        sweep.use(_layout, lambda *a, **o: asked.append(a) or present(*a, **o))
         seed = torch.tensor([1, 2])
         vaeops.rng.normal((8,), seed, impl="triton")
         mu, logvar = (torch.zeros(2, 4, requires_grad=True) for _ in range(2))

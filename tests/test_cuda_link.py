@@ -1,7 +1,7 @@
 """The CUDA library built whole against this torch, which need not be a CUDA one: kernels, glue, link.
 
-Only stand-ins for torch's CUDA libraries are at hand, so nothing runs; what shows is that the glue compiles on
-the stable ABI and that all it needs of torch are the shim's C symbols.
+Only stand-ins for torch's CUDA libraries are at hand, so nothing runs; what shows is that the glue compiles
+on the stable ABI and that all it needs of torch are the shim's C symbols.
 """
 
 import os
