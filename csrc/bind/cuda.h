@@ -39,6 +39,10 @@ class Device {
   static void check(const Tensor& x, const char* name) { STD_TORCH_CHECK(x.is_cuda(), name, " must be a CUDA tensor"); }
 
   static Tensor fresh_like(const Tensor& x) { return uninitialized_like(x); }
+  static Tensor fresh_floats(const Tensor& like, int64_t n) {
+    const int64_t size[1] = {n};
+    return empty(like, size, 1, ScalarType::Float);
+  }
 
   void run(const GaussianForward& call) const {
     launch(cuda::gaussian_forward_scratch(call),

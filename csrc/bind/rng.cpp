@@ -13,7 +13,9 @@ Tensor normal(const Tensor& seed_, std::vector<int64_t> size) {
   Device::check(seed_, "seed");
   const Tensor seed = as_contiguous(seed_);
   const Device device(seed);
-  Tensor out = empty(seed, size.data(), static_cast<int64_t>(size.size()), ScalarType::Float);
+  int64_t n = 1;
+  for (int64_t s : size) n *= s;
+  Tensor out = torch::stable::view(Device::fresh_floats(seed, n), IntHeaderOnlyArrayRef(size.data(), size.size()));
   const Noise noise = noise_of(seed, out.numel());
   if (out.numel() > 0) device.normal(out.mutable_data_ptr<float>(), out.numel(), noise);
   return out;

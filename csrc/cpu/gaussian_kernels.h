@@ -71,7 +71,7 @@ VAEOPS_INLINE void forward_block(const ForwardTile<T>& t, int64_t i, const Optio
     const int64_t at = i + v * kWidth;
     const F mu = load(t.mu + at);
     F rho = load(t.rho + at);
-    if (!plain && o.clamped) rho = clamp(rho, o);
+    if (o.clamped) rho = clamp(rho, o);
     const F lv = log_variance(rho, param);
     const Exp e = exp_parts(lv * set1(0.5f));
     if (plain || t.noise.any()) {
@@ -152,8 +152,8 @@ static void forward_tile(const ForwardTile<T>& t, const Options& o) {
 
 template <class T>
 static void forward(const ForwardTile<T>& t, const Options& o) {
-  const bool plain = o.param == Param::logvar && !o.clamped && o.temperature == 1.0f && t.prior_mu == nullptr &&
-                     t.noise.drawn && (t.kl.lanes != nullptr || t.kl.row_sums != nullptr);
+  const bool plain = o.param == Param::logvar && o.temperature == 1.0f && t.prior_mu == nullptr && t.noise.drawn &&
+                     (t.kl.lanes != nullptr || t.kl.row_sums != nullptr);
   plain ? forward_tile<true>(t, o) : forward_tile<false>(t, o);
 }
 
@@ -166,7 +166,7 @@ VAEOPS_INLINE void backward_block(const BackwardTile<T>& t, int64_t i, const Opt
   for (int v = 0; v < kVectors; ++v) {
     const int64_t at = i + v * kWidth;
     const F mu = load(t.mu + at), raw = load(t.rho + at);
-    const F rho = !plain && o.clamped ? clamp(raw, o) : raw;
+    const F rho = o.clamped ? clamp(raw, o) : raw;
     const F lv = log_variance(rho, param);
     const Exp e = exp_parts(lv * set1(0.5f));
     const F w = gkl != nullptr ? load(gkl + at) : weight;
@@ -199,7 +199,7 @@ VAEOPS_INLINE void backward_block(const BackwardTile<T>& t, int64_t i, const Opt
       g_rho = fma(!plain && param == Param::std ? scaled : scaled * e.sigma, eps, g_rho);
     }
     if (param == Param::logvar) g_rho = g_rho * set1(0.5f);
-    if (!plain && o.clamped) {
+    if (o.clamped) {
       const F kept = select(less(raw, set1(o.clamp_lo)), set1(0.0f), g_rho);
       g_rho = select(less(set1(o.clamp_hi), raw), set1(0.0f), kept);
     }
@@ -267,8 +267,8 @@ static void backward_tile(const BackwardTile<T>& t, const Options& o) {
 
 template <class T>
 static void backward(const BackwardTile<T>& t, const Options& o) {
-  const bool plain = o.param == Param::logvar && !o.clamped && o.temperature == 1.0f && t.prior_mu == nullptr &&
-                     t.noise.drawn && t.gz != nullptr;
+  const bool plain =
+      o.param == Param::logvar && o.temperature == 1.0f && t.prior_mu == nullptr && t.noise.drawn && t.gz != nullptr;
   plain ? backward_tile<true>(t, o) : backward_tile<false>(t, o);
 }
 
