@@ -22,17 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from ._library import IMPLS, overloads
 
 _is_compiling = torch.compiler.is_compiling
 _functorch_active = torch._C._are_functorch_transforms_active
 _is_grad_enabled = torch.is_grad_enabled
-
-
-def _forward_ad_active() -> bool:
-    return torch.autograd.forward_ad._current_level >= 0
 
 
 class Differentiable:
@@ -60,24 +56,21 @@ class Differentiable:
         self._wrt = wrt
 
     def __call__(self, impl: str | None, options: tuple, *tensors: Tensor | None) -> Any:
+        wants_gradient = False
+        if _is_grad_enabled():
+            for t in tensors[: self._wrt]:
+                if t is not None and t.requires_grad:
+                    wants_gradient = True
+                    break
         if _is_compiling():
-            if self._wants_gradient(tensors):
+            if wants_gradient:
                 return self._traced[impl].apply(options, *_distinct(tensors))
             return self._op[impl](*tensors, *options)
-        if _functorch_active() or _forward_ad_active():
+        if _functorch_active() or forward_ad._current_level >= 0:
             return self._transformed[impl].apply(options, *tensors)
-        if self._wants_gradient(tensors):
+        if wants_gradient:
             return self._eager[impl](options, *tensors)
         return self._kernel[impl](*tensors, *options)
-
-    def _wants_gradient(self, tensors: tuple) -> bool:
-        if not _is_grad_enabled():
-            return False
-        for i in range(self._wrt):
-            t = tensors[i]
-            if t is not None and t.requires_grad:
-                return True
-        return False
 
 
 def _distinct(tensors: tuple) -> list:
