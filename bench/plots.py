@@ -27,6 +27,11 @@ def _kind(row: dict) -> str:
     return f"{parts['family']} {parts['prefix'] or ''}{parts['kind'].lstrip('-')}"
 
 
+def _colors(rows: list[dict]) -> dict[str, str]:
+    """One colour a contender, the same in every picture."""
+    return {name: f"C{i % 10}" for i, (name,) in enumerate(sorted(_by(rows, "row")))}
+
+
 def _time_by_size(rows: list[dict], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -37,13 +42,14 @@ def _time_by_size(rows: list[dict], title: str, path: Path) -> None:
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes in grid[len(kinds) :]:
         axes.remove()
+    colors = _colors(rows)
     for axes, ((kind,), group) in zip(grid, kinds.items()):
         for (name,), line in _by(group, "row").items():
             line = sorted(line, key=lambda r: int(r["elements"]))
             sizes = [int(r["elements"]) for r in line]
             times = [[float(r[f"{q}_us"]) for r in line] for q in ("median", "p20", "p80")]
-            axes.plot(sizes, times[0], "o-", label=name)
-            axes.fill_between(sizes, times[1], times[2], alpha=0.2)
+            axes.plot(sizes, times[0], "o-", label=name, color=colors[name])
+            axes.fill_between(sizes, times[1], times[2], alpha=0.2, color=colors[name])
         axes.set(xscale="log", yscale="log", xlabel="elements", ylabel="us (median, p20 to p80)", title=kind)
         axes.legend(fontsize=7)
     figure.suptitle(title)
@@ -57,11 +63,11 @@ def _bars(rows: list[dict], value: str, scale: float, label: str, title: str, pa
     names = list(_by(rows, "row"))
     figure = Figure(figsize=(8, 1.5 + 0.16 * (len(rows) + len(cases))), layout="constrained")
     axes = figure.subplots()
-    height = 0.9 / len(names)
+    height, colors = 0.9 / len(names), _colors(rows)
     for j, (name,) in enumerate(names):
         at = [(i + j * height, float(r[value]) * scale)
               for i, group in enumerate(cases.values()) for r in group if r["row"] == name]  # fmt: skip
-        axes.barh([y for y, _ in at], [x for _, x in at], height, label=name)
+        axes.barh([y for y, _ in at], [x for _, x in at], height, label=name, color=colors[name])
     axes.set_yticks(
         [i + 0.45 - height / 2 for i in range(len(cases))], [case for (case,) in cases], fontsize=7
     )
