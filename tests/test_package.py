@@ -116,12 +116,12 @@ def test_works_in_forked_loader_workers():
     code = """
 import torch, vaeops
 torch.set_num_threads(2)
-vaeops.rng.normal((100_000,), torch.tensor([1, 2]))  # starts the parent's threads
+vaeops.rng.normal((700_000,), torch.tensor([1, 2]))  # starts the parent's threads
 class Draws(torch.utils.data.Dataset):
     def __len__(self): return 4
-    def __getitem__(self, i): return vaeops.rng.normal((70_000,), torch.tensor([i, 0]))
+    def __getitem__(self, i): return vaeops.rng.normal((700_000,), torch.tensor([i, 0]))
 loader = torch.utils.data.DataLoader(Draws(), num_workers=2, multiprocessing_context="fork", timeout=60)
-for i, x in enumerate(loader): assert torch.equal(x[0], vaeops.rng.normal((70_000,), torch.tensor([i, 0])))
+for i, x in enumerate(loader): assert torch.equal(x[0], vaeops.rng.normal((700_000,), torch.tensor([i, 0])))
 print("ok")
 """
     assert python(code) == "ok"
