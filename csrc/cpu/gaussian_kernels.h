@@ -1,7 +1,7 @@
 // The Gaussian step on contiguous tiles, for one instruction set. No include guard: see foreach_isa.h.
 //
-// The usual call (log-variance, prior N(0, I), no clamp, temperature 1, noise drawn here) is compiled apart (kPlain),
-// so that everything it needs stays in registers; the general one tests flags that do not change within a tile.
+// The usual call (log-variance, prior N(0, I), temperature 1, noise drawn here) is compiled apart (kPlain), so that
+// everything it needs stays in registers; the general one tests flags that do not change within a tile.
 
 using Options = TileOptions<float>;
 
