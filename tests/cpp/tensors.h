@@ -163,6 +163,7 @@ struct Merge {
     for (size_t d = 0; d < sizes.size(); ++d) s.size[d] = sizes[d];
     s.n = n;
     s.rows = rows;
+    s.width = rows > 0 ? n / rows : 0;
     return s;
   }
   Operand operand(const Tensor& t, size_t k) const {
