@@ -115,9 +115,9 @@ Isa best_isa();
 Isa isa();
 bool set_isa(Isa wanted);  // false when the machine lacks it
 
-// Memory for large outputs, in 2 MiB pages, kept for reuse when it is given back (cpu/pages.cpp). Null where the system
+// Memory for large outputs, kept for reuse when it is given back (cpu/pages.cpp). Null where the system
 // offers none: then the caller allocates as usual.
-constexpr size_t kLargeOutput = size_t{2} << 20;
+constexpr size_t kLargeOutput = size_t{128} << 10;
 void* take_pages(size_t bytes);
 void give_pages(void* data, size_t bytes);
 // Returns what is kept to the system; how many bytes that was.

@@ -19,8 +19,10 @@ namespace vaeops::cpu {
 #if defined(__linux__)
 namespace {
 
-constexpr size_t kPage = size_t{2} << 20;
+constexpr size_t kPage = size_t{2} << 20;  // a huge page: what blocks of that size and more consist of
+constexpr size_t kSmallUnit = size_t{64} << 10;
 constexpr size_t kMostIdle = size_t{512} << 20;
+constexpr size_t kMostBlocks = 64;
 
 struct Block {
   void* data;
@@ -38,9 +40,16 @@ Idle& idle() {
   return list;
 }
 
-size_t whole_pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+size_t whole_pages(size_t bytes) {
+  const size_t unit = bytes >= kPage ? kPage : kSmallUnit;
+  return (bytes + unit - 1) / unit * unit;
+}
 
 void* map(size_t bytes) {
+  if (bytes < kPage) {
+    void* const data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return data == MAP_FAILED ? nullptr : data;
+  }
   // A page more than asked for, so that an aligned part can be cut out.
   void* const whole = mmap(nullptr, bytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (whole == MAP_FAILED) return nullptr;
@@ -76,7 +85,7 @@ void give_pages(void* data, size_t bytes) {
     munmap(data, bytes);
     return;
   }
-  while (list.bytes + bytes > kMostIdle) {
+  while (list.bytes + bytes > kMostIdle || list.blocks.size() >= kMostBlocks) {
     munmap(list.blocks.front().data, list.blocks.front().bytes);
     list.bytes -= list.blocks.front().bytes;
     list.blocks.erase(list.blocks.begin());
