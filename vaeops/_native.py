@@ -46,8 +46,8 @@ def why_not(stem: str) -> str | None:
 def empty_cache() -> int:
     """Return to the system the memory of large CPU outputs that is kept for reuse; how many bytes that was.
 
-    Outputs of 128 KiB and more that have been freed are kept, up to 512 MiB, since fresh memory costs more than
-    the kernels that fill it.
+    Outputs of 128 KiB and more that have been freed are kept, up to 512 MiB, since fresh memory costs more
+    than the kernels that fill it.
     """
     library = path("_ops_cpu")
     if library is None:
