@@ -116,6 +116,19 @@ def test_sizes(isa, shape, reduction):
     check_against_reference("cpp", shape, torch.float32, reduction=reduction, prior_kind="dim")
 
 
+@pytest.mark.parametrize("shape", [(300, 192), (250, 320), (90, 768), (300, 64), (40, 1024), (12, 2, 16_384)])
+def test_rows_that_do_and_do_not_fit_tasks(isa, shape):
+    """Rows of whole vectors take paths of their own; more elements than a task, packed and not."""
+    for batch_ndim in range(1, len(shape)):
+        check_against_reference("cpp", shape, torch.float32, reduction="sample", batch_ndim=batch_ndim)
+        moments = torch.randn(2, *shape).movedim(0, -2).flatten(-2)
+        mu, logvar = moments.chunk(2, -1)
+        options = {"seed": SEED, "reduction": "sample", "batch_ndim": batch_ndim}
+        expected = vaeops.reparam_kl(mu.contiguous(), logvar.contiguous(), **options)
+        got = vaeops.reparam_kl_packed(moments, dim=-1, **options)
+        assert torch.equal(got.z, expected.z) and torch.equal(got.kl, expected.kl)
+
+
 @pytest.mark.parametrize("reduction", ref.REDUCTIONS)
 @pytest.mark.parametrize("param", ref.PARAMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -33,13 +33,19 @@ TileOptions<C> tile_options(const Gaussian& call) {
           static_cast<C>(call.temperature)};
 }
 
+// Rows and tasks end together, so a tile of up to a whole task is whole rows, or lies within one.
+bool rows_fit_tasks(const Shape& shape) {
+  return shape.width > 0 && (kChunk % shape.width == 0 || shape.width % kChunk == 0);
+}
+
 // Elements that a kernel takes at a time: a whole task where every operand is used in place, so no buffer limits it.
 template <class T>
 int64_t tile_step(const Gaussian& call, std::initializer_list<const Operand*> operands) {
   bool in_place = sizeof(T) < 8 && call.prior_mu.data == nullptr && call.eps.data == nullptr &&
                   (call.noise.seed == nullptr || (call.noise.streams == 1 && call.shape.width % 4 == 0));
   const int last = call.shape.ndim - 1;
-  const bool even = call.shape.size[last] % kChunk == 0;  // then no task crosses the end of a run, say a sample's mu
+  // No tile may cross the end of a run (say a sample's mu among packed moments): it would not fit the buffer.
+  const bool even = call.shape.size[last] % kChunk == 0 && rows_fit_tasks(call.shape);
   for (const Operand* x : operands) {
     in_place = in_place && (x->data == nullptr || x->linear || (even && x->stride[last] == 1));
   }
@@ -145,8 +151,8 @@ void backward_typed(const GaussianBackward& call, ParallelFor parallel) {
   const C weight = call.gkl.data == nullptr ? C(0) : one_weight ? *static_cast<C*>(call.gkl.data) * factor : C(0);
   PriorGradient<C> prior(call);
   // Rows of whole groups of 64 have one weight each: a tile is then whole rows, or part of one.
-  const bool row_weights = call.reduction == Reduction::sample && !one_weight && !prior.wanted() && shape.width > 0 &&
-                           shape.width % kLanes == 0;
+  const bool row_weights = call.reduction == Reduction::sample && !one_weight && !prior.wanted() &&
+                           rows_fit_tasks(shape) && shape.width % kLanes == 0;
   const auto weight_of_row = [&](int64_t row) {
     C one[1];
     if (shape.ndim == 2 && shape.size[1] == shape.width)
