@@ -1,7 +1,8 @@
 // Every kernel launcher of vaeops. No torch here: raw pointers, sizes and strides; the stream (or the CPU's parallel
 // loop) comes last.
 //
-// Letters: n elements of the call in logical (row-major) order, R batch rows, S noise streams, P elements of a prior.
+// Letters: n elements of the call in logical (row-major) order, R batch rows, S noise streams, P elements of a prior;
+// vector quantization: N rows, D dims, K codes.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -86,6 +87,82 @@ struct LogProbBackward : LogProb {
   Operand gx, gmu, grho;
 };
 
+// Orders of vaeops.ref.vq.METRICS, .REDUCTIONS (off: no loss) and .ESTIMATORS.
+enum class Metric : int32_t { l2, cosine, dot };
+enum class RowReduction : int32_t { off = -1, none, mean, sum };
+enum class Estimator : int32_t { none, ste, rotation };
+
+// N rows of D dims through any strides: element (n, d) lies at data[offset of n by operand.stride + d * step], where
+// `shape` holds the row dims alone (shape.n = N, at least one dim).
+struct Rows {
+  Operand operand;
+  int64_t step = 0;
+};
+
+// Indices are contiguous [N] in row-major order of the rows, int64 or int32; -1 marks a row that is not used.
+struct Indices {
+  void* data = nullptr;
+  bool int32 = false;
+};
+
+// Nearest codes; the definition of "nearest" is in vaeops/ref/vq.py.
+struct VqAssign {
+  Shape shape;
+  Rows x;                // any floating dtype
+  const void* codebook;  // [K, D] contiguous
+  Dtype codebook_dtype;
+  const uint8_t* mask;  // [N]; null: every row is used
+  int64_t dims, codes;  // D, K
+  Metric metric;
+  bool exact;               // false: the fast pass alone
+  int64_t k = 0;            // 0: the nearest code; else the k nearest, ascending by (score, index)
+  Indices indices;          // [N], or [N, k]
+  void* scores = nullptr;   // [N, k]; null where k = 0
+  bool scores_f64 = false;  // else fp32
+};
+
+// quantized = codebook[indices] and the loss (x - code)^2.
+struct VqGather {
+  Shape shape;
+  Indices indices;
+  const void* codebook;  // [K, D] contiguous
+  Dtype codebook_dtype;
+  Rows x;               // absent: no loss
+  Rows quantized;       // x's dtype; the codebook's where x is absent
+  int64_t dims, codes;  // D, K
+  double fill;          // of rows with index -1
+  RowReduction reduction = RowReduction::off;
+  void* loss = nullptr;  // C (fp64 when x or the codebook is, else fp32): [N] or []
+};
+
+// gx = E(gq) + 2 w (x - code).
+struct VqGatherBackward {
+  Shape shape;
+  Indices indices;
+  const void* codebook;  // [K, D] contiguous
+  Dtype codebook_dtype;
+  Rows x, gq, gx;  // one dtype; gq absent: no gradient reaches `quantized`
+  const void* w;   // C, [N] or []; null: no gradient reaches the loss
+  bool w_per_row;
+  int64_t dims, codes;  // D, K
+  Estimator estimator;
+};
+
+// Sums of rows by index.
+struct VqSegmentSum {
+  Shape shape;
+  Indices indices;
+  Rows values;
+  const void* weights;  // C, [N]; null: every row weighs 1
+  bool weights_f64;
+  const void* absmax;  // C, []; null: floating sums. Else fixed point: counts and sums are int64
+  bool absmax_f64;
+  int64_t dims, codes;  // D, K
+  bool skip_nonfinite;  // rows with a NaN or Inf count nowhere
+  bool out_f64;         // counts and sums, where they are floating
+  void *counts, *sums;  // [K], [K, D] contiguous, fully written
+};
+
 // 1 / (what the reduction divides by); 1 for empty input, so that zero rows give a zero loss.
 inline double reduction_scale(Reduction reduction, const Shape& shape) {
   const int64_t count = reduction == Reduction::dim || reduction == Reduction::batchmean ? shape.rows
@@ -108,6 +185,11 @@ void normal(float* out /* [S, n / S] */, int64_t n, Noise noise, ParallelFor par
 // child[i] = fold_in(seed[i or 0], index[i or 0]); see vaeops/ref/rng.py
 void fold_in(const int64_t* seed /* [M or 1, 2] */, int64_t seed_stride, const int64_t* index /* [M or 1] */,
              int64_t index_stride, int64_t* child /* [M, 2] */, int64_t m);
+
+void vq_assign(const VqAssign& call, ParallelFor parallel);
+void vq_gather(const VqGather& call, ParallelFor parallel);
+void vq_gather_backward(const VqGatherBackward& call, ParallelFor parallel);
+void vq_segment_sum(const VqSegmentSum& call, ParallelFor parallel);
 
 // Instruction set: the best that the machine has, unless a test asked for a lesser one.
 enum class Isa : int32_t { scalar, avx2, avx512 };
