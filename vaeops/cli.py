@@ -1,4 +1,4 @@
-"""The command line: `vaeops info`, `vaeops bench`. Also `python -m vaeops`."""
+"""The command line: `vaeops info`, `vaeops train`, `vaeops bench`. Also `python -m vaeops`."""
 
 import argparse
 import subprocess
@@ -26,6 +26,17 @@ def _bench(rest: list[str]) -> int:
     return subprocess.call([sys.executable, str(_BENCH), *rest])
 
 
+def _train(rest: list[str]) -> int:
+    from .train import workshop_vq
+
+    presets = {"workshop-vq": workshop_vq.main}
+    if not rest or rest[0] not in presets:
+        print(f"usage: vaeops train {{{','.join(presets)}}} ...", file=sys.stderr)
+        return 0 if rest[:1] in (["-h"], ["--help"]) else 2
+    presets[rest[0]](rest[1:])
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="vaeops", description="Fused kernels for variational autoencoders in PyTorch."
@@ -36,9 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     info.add_argument("--json", action="store_true", help="as JSON")
     commands.add_parser("bench", help="run the benchmarks of a source checkout; takes bench/run.py's options")
+    commands.add_parser("train", help="train a reference model: workshop-vq; --help after its name")
     argv = (sys.argv[1:] if argv is None else argv) or ["info"]
     if argv[0] == "bench":  # bench/run.py reads its own options, --help among them
         return _bench(argv[1:])
+    if argv[0] == "train":
+        return _train(argv[1:])
     return _info(parser.parse_args(argv))
 
 

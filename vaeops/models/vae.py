@@ -39,9 +39,9 @@ class MLPVAE(nn.Module):
         super().__init__()
         widths = [in_dim, *hidden]
         self.latent_dim = latent
-        self.encoder = _mlp([*widths, 2 * latent])
+        self.encoder = mlp([*widths, 2 * latent])
         self.latent = GaussianLatent(reduction="dim", ops=ops)
-        self.decoder = _mlp([latent, *widths[::-1]])
+        self.decoder = mlp([latent, *widths[::-1]])
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, in_dim] -> mu, logvar [B, latent], views of one tensor."""
@@ -60,7 +60,7 @@ class MLPVAE(nn.Module):
         return self.decoder(rng.normal((n, self.latent_dim), seed)).sigmoid()
 
 
-def _mlp(widths: Sequence[int]) -> nn.Sequential:
+def mlp(widths: Sequence[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for fan_in, fan_out in itertools.pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]

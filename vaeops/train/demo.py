@@ -1,9 +1,9 @@
 """The demonstration, `python -m vaeops.train.demo`: a VAE on handwritten digits, fused and reference ops.
 
 It trains the same model twice from the same weights, batches and noise seeds, once on vaeops' kernels and
-once on the PyTorch reference, and prints how the two runs differ; times the fused op against the textbook
-formula in eager PyTorch; and writes pictures. The data are the 1,797 images of 8x8 pixels that ship inside
-scikit-learn: nothing is downloaded.
+once on the PyTorch reference, and prints how the two runs differ; trains a VQ-VAE that gives each image one
+code; times the fused op against the textbook formula in eager PyTorch; and writes pictures. The data are the
+1,797 images of 8x8 pixels that ship inside scikit-learn: nothing is downloaded.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,9 +24,11 @@ from .. import gaussian_kl, gaussian_log_prob, reparam_kl, rng
 from ..models import MLPVAE
 from ..nn import KLSchedule, PosteriorMonitor
 from ..ops._library import serving
-from . import plots
+from . import plots, workshop_vq
+from .data import digits
 
-PICTURES = ("reconstructions.png", "samples.png", "latent_2d.png", "loss.png", "benchmark.png")
+PICTURES = ("reconstructions.png", "samples.png", "latent_2d.png", "loss.png", "benchmark.png",
+            *workshop_vq.PICTURES)  # fmt: skip
 CASES: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("reparam_kl", (128, 20)),
     ("reparam_kl", (1024, 128)),
@@ -41,6 +42,8 @@ BATCH, HIDDEN, LATENT = 128, (256, 128), 10
 CASE_SECONDS = 8  # a case is timed for no longer, once it has three rounds
 TRAIN = 1500  # the other 297 images are held out
 STEPS = -(-TRAIN // BATCH)  # an epoch
+VQ = {"codes": 32, "dim": 64, "hidden": (128,), "commitment": 1.0}
+VQ_STEPS = 20  # an epoch of the other trainings
 BETA = 0.4  # KL weight at the end: at 1 the latent of so small an image keeps but a blur of it
 
 
@@ -53,13 +56,6 @@ class Run:
     kl: np.ndarray
     images_per_s: float
     health: dict[str, float]
-
-
-def digits(seed: int) -> tuple[Tensor, Tensor]:
-    """Images [1797, 64] in [0, 1] and their labels [1797], in an order drawn by the seed."""
-    data = load_digits()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(seed))
-    return torch.tensor(data.data, dtype=torch.float32)[order] / 16, torch.tensor(data.target)[order]
 
 
 def train(name: str, images: Tensor, epochs: int, seed: int, *, latent: int, ops: str) -> Run:
@@ -226,7 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    images, labels = digits(args.seed)
+    squares, labels = digits(args.seed)
+    images = squares.flatten(1)
     kernel = {"cpp": "C++"}.get(serving("cpu"), "PyTorch reference: no compiled kernel here")
     cases = CASES if serving("cpu") == "cpp" else CASES[:2]  # the reference draws its noise slowly
     options = {"epochs": args.epochs, "seed": args.seed}
@@ -235,9 +232,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fused_run = train("fused ops", images[:TRAIN], **options, latent=LATENT, ops="fused")
     ref_run = train("reference ops", images[:TRAIN], **options, latent=LATENT, ops="ref")
     plane = train("2-D latent, fused", images[:TRAIN], **options, latent=2, ops="fused")
+    vq_steps = max(workshop_vq.TAIL, VQ_STEPS * args.epochs)
+    vq = workshop_vq.train(squares[:TRAIN], **VQ, steps=vq_steps, seed=args.seed, name="codebook, fused")
+    table = workshop_vq.codes_by_label(vq.model, squares, labels)
     torch.set_num_threads(threads)
     rows = benchmark(cases, args.rounds)
     print(report(fused_run, ref_run, rows, kernel))
+    print("\nOne code an image, all images\n" + workshop_vq.summary(vq, table))
+    workshop_vq.draw(args.out, vq.model, table, squares.shape[-1])
     draw(args.out, fused_run, ref_run, plane.model, images, labels, args.seed, rows, kernel)
     print("\nPictures: " + ", ".join(str(args.out / name) for name in PICTURES))
 

@@ -89,6 +89,21 @@ def latent_plane(path: Path, title: str, mu: np.ndarray, labels: np.ndarray) -> 
         )
 
 
+def code_table(path: Path, title: str, table: np.ndarray, codes: Sequence[int]) -> None:
+    """table [K, 10]: how many images of each digit (columns) have each code (rows, named by `codes`)."""
+    with _figure(path, title, (6.2, 0.21 * len(table) + 1.4)) as figure:
+        axes = figure.subplots()
+        share = table / np.maximum(table.sum(1, keepdims=True), 1)
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for (row, column), count in np.ndenumerate(table):
+            if count:
+                colour = "white" if share[row, column] > 0.55 else INK
+                axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=colour)
+        axes.set(xlabel="digit", ylabel="code", xticks=range(10), yticks=range(len(table)))
+        axes.set_yticklabels([str(k) for k in codes], fontsize=7)
+        axes.grid(False)
+
+
 def loss_curves(path: Path, title: str, runs: Mapping[str, Mapping[str, np.ndarray]], window: int) -> None:
     """runs: two of them, name -> {"recon": [steps], "kl": [steps]}, drawn as means over `window` steps, the
     second dashed over the first; below, how far their totals lie apart at every step."""
