@@ -37,7 +37,9 @@ $(BUILT): $(SOURCES) $(READY)
 	mkdir -p build && touch $@
 	$(PY) -m vaeops info
 
+# Rivals that are not installed are left out of the tables.
 bench: $(BUILT)
+	-$(PIP) install -q -c constraints.txt faiss-cpu
 	$(PY) bench/run.py
 
 # Everything that a GPU machine is needed for, in stages, each result written before the next stage.
