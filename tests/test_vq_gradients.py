@@ -1,4 +1,4 @@
-"""Vector quantization: gradients, and all that transforms a function: compile, functorch, autocast; memory."""
+"""Vector quantization: gradients; what transforms a function (compile, functorch, autocast); memory."""
 
 import subprocess
 import sys
