@@ -12,7 +12,8 @@ from torch import Tensor
 from .. import _layout as layout
 
 # Kernel arguments that change from batch to batch: Triton must not compile anew for their values.
-FIXED = ("rows", "row_blocks", "per_program", "programs")
+FIXED = ("rows", "first", "per_program", "programs")
+TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def rows_at(t: Tensor | None) -> tuple[int, ...] | None:

@@ -11,15 +11,17 @@ Memory beyond the output: 6 K D + 28 K bytes and 40 bytes a row. No launch waits
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .. import _layout as layout
-from ._pack import Packed, pack
-from ._rows import FIXED, accumulator, exponent, is_finite, next_power_of_two, power_of_two, row_offset, rows_at
+from ._pack import pack
+from ._rows import (
+    FIXED, TRITON, accumulator, exponent, is_finite, next_power_of_two, power_of_two, row_offset, rows_at,
+)  # fmt: skip
 
 TOP = 4  # tiles a row keeps
 SPLITS = 32  # parts of the codebook, at most, that a row's programs share
 PROGRAMS = 264  # fewer rows than these take: the codebook is split
+REFINED_ROWS = 4  # of a program of refine_kernel
 SORT_ELEMENTS = 1 << 22  # scores that vq_topk sorts at a time
 
 
@@ -116,7 +118,7 @@ def nearest_tiles_kernel(
     kept1, kept2, kept3 = kept0, kept0, kept0
     split = tl.program_id(1)
     for tile in range(split * per_program, tl.minimum((split + 1) * per_program, tiles)):
-        k = tile.to(tl.int64) * G + tl.arange(0, G)
+        k = (tile * G + tl.arange(0, G)).to(tl.int64)
         if ONE_STEP:
             d = tl.arange(0, BD)
             e = tl.load(rounded + k[None, :] * dims + d[:, None], mask=(d < dims)[:, None], other=0.0)
@@ -170,9 +172,11 @@ def exact_scores(x, step, row_ok, codes, code_ok, base, dims, d_step, METRIC: tl
     """fp64 scores of rows (pointers x [R]) and codes (pointers [R, G]) by the definition; base as in pack_kernel."""
     t = tl.zeros(codes.shape, tl.float64)
     for d in tl.range(0, dims, loop_unroll_factor=4):
-        v = tl.load(x + d.to(tl.int64) * step, mask=row_ok, other=0.0).to(tl.float64)
-        e = tl.load(codes + d * d_step, mask=code_ok, other=0.0).to(tl.float64)
-        t = tl.fma(v[:, None] + tl.zeros(codes.shape, tl.float64), e, t)
+        v = tl.load(x, mask=row_ok, other=0.0).to(tl.float64)
+        e = tl.load(codes, mask=code_ok, other=0.0).to(tl.float64)
+        t = tl.fma(tl.broadcast_to(v[:, None], t.shape), e, t)
+        x += step
+        codes += d_step
     if METRIC == 0:
         s = base - t
     elif METRIC == 1:
@@ -214,7 +218,7 @@ def refine_kernel(
     x = x + row_offset(row, x_at)
     g = tl.arange(0, G)[None, :]
     best = tl.full([R], float("inf"), tl.float64)
-    index = tl.zeros([R], tl.int64) + codes
+    index = tl.zeros([R], tl.int64)
     tile = tl.full([R], -1, tl.int32)
     for i in range(tl.max(count, axis=0)):
         # A row takes its candidates by ascending tile, or every tile.
@@ -226,14 +230,90 @@ def refine_kernel(
         start = tl.load(base + k, mask=ok, other=float("nan"))
         place = exact + tile.to(tl.int64)[:, None] * tile_step + g * g_step
         s = exact_scores(x, x_at[0], active, place, ok, start, dims, d_step, METRIC)
-        ok = ok & (start == start)
-        s = tl.where(ok & (s == s), s, float("inf"))
+        s = tl.where(s == s, s, float("inf"))  # codes that cannot be chosen
         least_score = tl.min(s, axis=1)
-        first = tl.min(tl.where(ok & (s == least_score[:, None]), k, codes), axis=1)
+        first = tl.min(tl.where(s == least_score[:, None], k, codes), axis=1)
         better = (least_score < best) | ((least_score == best) & (first < index))
         best = tl.where(better, least_score, best)
         index = tl.where(better, first, index)
-    index = tl.where(index < codes, index, 0)
     if mask is not None:
         index = tl.where(tl.load(mask + row, mask=row_ok, other=0) != 0, index, -1)
     tl.store(indices + row, index, mask=row_ok)
+
+
+@triton.jit(do_not_specialize=FIXED)
+def scores_kernel(
+    x,  # [N, D]
+    x_at,
+    codebook,  # [K, D]
+    base,  # fp64 [tiles * G], of pack_kernel
+    scores,  # fp64 [rows, K], of rows first .. first + rows
+    first: tl.int64, rows: tl.int64, codes: tl.int64, dims,
+    METRIC: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    row_ok = row < rows
+    k = tl.program_id(1).to(tl.int64) * G + tl.arange(0, G)[None, :]
+    ok = row_ok[:, None] & (k < codes)
+    start = tl.load(base + k, mask=k < codes, other=float("nan"))
+    place = codebook + k * dims + row[:, None] * 0
+    s = exact_scores(x + row_offset(first + row, x_at), x_at[0], row_ok, place, ok, start, dims, 1, METRIC)
+    tl.store(scores + row[:, None] * codes + k, tl.where(s == s, s, float("inf")), mask=ok)
+
+
+def vq_assign(x, codebook, mask, metric, exact, int32):
+    """`vaeops::vq_assign`: four launches."""
+    indices = x.new_empty(x.shape[:-1], dtype=torch.int32 if int32 else torch.int64)
+    rows, dims, codes = indices.numel(), x.shape[-1], codebook.shape[0]
+    if rows == 0:
+        return indices
+    compute = accumulator(x, codebook)
+    BN, G, BD, warps = settings(dims)
+    blocks, tiles = -(-rows // BN), -(-codes // G)
+    per_program = -(-tiles // min(tiles, SPLITS, max(1, PROGRAMS // blocks)))
+    splits = -(-tiles // per_program)
+    low, others = x.new_empty((rows, splits, TOP), dtype=torch.float32), x.new_empty((rows, splits), dtype=torch.float32)
+    kept, upper = torch.empty_like(low, dtype=torch.int32), torch.empty_like(others)
+    mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    x_at = rows_at(x)
+    with layout.guard(x):
+        packed = pack(codebook.contiguous(), metric, compute, G)
+        nearest_tiles_kernel[blocks, splits](
+            x, x_at, mask, packed.mu, packed.shift, packed.rounded, packed.half, packed.bound,
+            low, kept, others, upper, rows, dims, tiles, per_program,
+            exact, TRITON[compute], BN, G, BD, dims <= BD, num_warps=warps, num_stages=3,
+        )  # fmt: skip
+        refine_kernel[(-(-rows // REFINED_ROWS),)](
+            x, x_at, mask, packed.exact, packed.base, low, kept, others, upper, indices,
+            rows, codes, dims, tiles, splits, *packed.exact_strides,
+            metric, exact, REFINED_ROWS, G, 1 if splits == 1 else SPLITS, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return indices
+
+
+def vq_topk(x, codebook, mask, k, metric, exact, int32):
+    """`vaeops::vq_topk`: exact scores of a few rows at a time, sorted. `exact` changes nothing."""
+    shape, (codes, dims) = (*x.shape[:-1], k), codebook.shape
+    scores = x.new_empty(shape, dtype=accumulator(x, codebook))
+    indices = x.new_empty(shape, dtype=torch.int32 if int32 else torch.int64)
+    rows = indices.numel() // k
+    _, G, _, _ = settings(dims)
+    codebook = codebook.contiguous()
+    with layout.guard(x):
+        base = pack(codebook, metric, scores.dtype, G).base if rows else None
+        step = max(1, SORT_ELEMENTS // codes)
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            part = x.new_empty((count, codes), dtype=torch.float64)
+            scores_kernel[-(-count // REFINED_ROWS), -(-codes // G)](
+                x, rows_at(x), codebook, base, part, first, count, codes, dims, metric, REFINED_ROWS, G,
+                num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+            part, order = part.sort(dim=1, stable=True)
+            scores.view(-1, k)[first : first + count] = part[:, :k]
+            indices.view(-1, k)[first : first + count] = order[:, :k]
+    if mask is not None:
+        unused = ~mask.unsqueeze(-1)
+        scores.masked_fill_(unused, float("inf"))
+        indices.masked_fill_(unused, -1)
+    return scores, indices
