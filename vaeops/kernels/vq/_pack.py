@@ -73,13 +73,13 @@ def pack_kernel(
     inside = k < codes
     h = tl.zeros([G], tl.float64)
     good = inside
-    for d in range(dims):
-        e = tl.load(codebook + k * dims + d, mask=inside, other=0.0)
+    for c in range(dims):
+        given = tl.load(codebook + k * dims + c, mask=inside, other=0.0)
         if copy is not None:
-            tl.store(copy + (tile * dims + d) * G + g, e)
-        e = e.to(tl.float64)
-        h = tl.fma(e, e, h)
-        good = good & is_finite(e)
+            tl.store(copy + (tile * dims + c) * G + g, given)
+        value = given.to(tl.float64)
+        h = tl.fma(value, value, h)
+        good = good & is_finite(value)
     if METRIC == 1:
         good = good & (h > 0)
     norm = tl.sqrt(tl.where(good, h, 1.0))

@@ -78,8 +78,8 @@ def nearest_tiles_kernel(
     most = tl.zeros([BN], C)
     most_given = tl.zeros([BN], C)
     bad = tl.zeros([BN], tl.int32)
-    for first in range(0, dims, BD):
-        given, centred = scaled_rows(x, used, mu, first, dims, step, one, BD, C)
+    for first in range(0, dims, 16):
+        given, centred = scaled_rows(x, used, mu, first, dims, step, one, 16, C)
         bad = tl.maximum(bad, tl.max((~is_finite(given)).to(tl.int32), axis=1))
         most_given = tl.maximum(most_given, tl.max(tl.abs(given), axis=1))
         most = tl.maximum(most, tl.max(tl.abs(centred), axis=1))
@@ -97,12 +97,12 @@ def nearest_tiles_kernel(
     square = tl.zeros([BN], tl.float32)
     residual = tl.zeros([BN], tl.float32)
     length = tl.zeros([BN], tl.float32)
-    for first in range(0, dims, BD):
-        given, scaled = scaled_rows(x, used, mu, first, dims, step, scale, BD, C)
-        near = rounded_rows(scaled).to(tl.float32)
-        gap = (scaled - near.to(C)).to(tl.float32)
+    for first in range(0, dims, 16):
+        given, scaled = scaled_rows(x, used, mu, first, dims, step, scale, 16, C)
+        fp16 = rounded_rows(scaled).to(tl.float32)
+        gap = (scaled - fp16.to(C)).to(tl.float32)
         given = (given * scale[:, None]).to(tl.float32)
-        square += tl.sum(near * near, axis=1)
+        square += tl.sum(fp16 * fp16, axis=1)
         residual += tl.sum(gap * gap, axis=1)
         length += tl.sum(given * given, axis=1)
     grow = 1.0 + (dims + 4096) * 2.384185791015625e-07  # rounding of these sums, and of the bound
@@ -110,7 +110,9 @@ def nearest_tiles_kernel(
     square = tl.sqrt_rn(square) * grow
     # x - mu was rounded to fp32 before it was rounded to fp16.
     residual = tl.sqrt_rn(residual) * grow + 2.384185791015625e-07 * square + 1e-18
-    near = rounded_rows(scaled) if ONE_STEP else None
+    if ONE_STEP:
+        _, scaled = scaled_rows(x, used, mu, 0, dims, step, scale, BD, C)
+        near = rounded_rows(scaled)
 
     low0 = tl.full([BN], float("inf"), tl.float32)
     low1, low2, low3, rest, least = low0, low0, low0, low0, low0
@@ -226,10 +228,10 @@ def refine_kernel(
         tile = tl.where(settled, following, i)
         active = i < count
         k = tile.to(tl.int64)[:, None] * G + g
-        ok = active[:, None] & (k < codes)
-        start = tl.load(base + k, mask=ok, other=float("nan"))
-        place = exact + tile.to(tl.int64)[:, None] * tile_step + g * g_step
-        s = exact_scores(x, x_at[0], active, place, ok, start, dims, d_step, METRIC)
+        code_ok = active[:, None] & (k < codes)
+        start = tl.load(base + k, mask=code_ok, other=float("nan"))
+        code = exact + tile.to(tl.int64)[:, None] * tile_step + g * g_step
+        s = exact_scores(x, x_at[0], active, code, code_ok, start, dims, d_step, METRIC)
         s = tl.where(s == s, s, float("inf"))  # codes that cannot be chosen
         least_score = tl.min(s, axis=1)
         first = tl.min(tl.where(s == least_score[:, None], k, codes), axis=1)
