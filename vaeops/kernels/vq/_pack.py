@@ -15,7 +15,7 @@ from ._rows import exponent, is_finite, next_power_of_two, power_of_two
 
 L2, COSINE, DOT = 0, 1, 2
 PROGRAMS = 64  # that sum the codebook: each leaves one partial sum per dim
-BLOCK_D = 32
+BLOCK_D = 16
 
 
 @triton.jit

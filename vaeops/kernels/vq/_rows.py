@@ -67,3 +67,14 @@ def power_of_two(n, F: tl.constexpr):
     else:
         value = ((n + 127) << 23).to(tl.float32, bitcast=True)
     return value
+
+
+@triton.jit
+def root(v):
+    return tl.sqrt(v) if v.dtype == tl.float64 else tl.sqrt_rn(v)
+
+
+@triton.jit
+def divide(a, b):
+    """a / b rounded once: the fp32 operator is not that exact."""
+    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)

@@ -15,13 +15,14 @@ import triton.language as tl
 from .. import _layout as layout
 from ._pack import pack
 from ._rows import (
-    FIXED, TRITON, accumulator, exponent, is_finite, next_power_of_two, power_of_two, row_offset, rows_at,
+    FIXED, TRITON, accumulator, exponent, is_finite, next_power_of_two, power_of_two, root, row_offset,
+    rows_at,
 )  # fmt: skip
 
 TOP = 4  # tiles a row keeps
 SPLITS = 32  # parts of the codebook, at most, that a row's programs share
 PROGRAMS = 264  # fewer rows than these take: the codebook is split
-REFINED_ROWS = 4  # of a program of refine_kernel
+REFINED_ROWS = 2  # of a program of refine_kernel
 SORT_ELEMENTS = 1 << 22  # scores that vq_topk sorts at a time
 
 
@@ -106,10 +107,10 @@ def nearest_tiles_kernel(
         residual += tl.sum(gap * gap, axis=1)
         length += tl.sum(given * given, axis=1)
     grow = 1.0 + (dims + 4096) * 2.384185791015625e-07  # rounding of these sums, and of the bound
-    length = tl.sqrt_rn(length) * grow
-    square = tl.sqrt_rn(square) * grow
+    length = root(length) * grow
+    square = root(square) * grow
     # x - mu was rounded to fp32 before it was rounded to fp16.
-    residual = tl.sqrt_rn(residual) * grow + 2.384185791015625e-07 * square + 1e-18
+    residual = root(residual) * grow + 2.384185791015625e-07 * square + 1e-18
     if ONE_STEP:
         _, scaled = scaled_rows(x, used, mu, 0, dims, step, scale, BD, C)
         near = rounded_rows(scaled)
@@ -173,7 +174,7 @@ def nearest_tiles_kernel(
 def exact_scores(x, step, row_ok, codes, code_ok, base, dims, d_step, METRIC: tl.constexpr):
     """fp64 scores of rows (pointers x [R]) and codes (pointers [R, G]) by the definition; base as in pack_kernel."""
     t = tl.zeros(codes.shape, tl.float64)
-    for d in tl.range(0, dims, loop_unroll_factor=4):
+    for d in range(dims):
         v = tl.load(x, mask=row_ok, other=0.0).to(tl.float64)
         e = tl.load(codes, mask=code_ok, other=0.0).to(tl.float64)
         t = tl.fma(tl.broadcast_to(v[:, None], t.shape), e, t)
