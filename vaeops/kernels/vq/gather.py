@@ -17,10 +17,9 @@ MAX_PROGRAMS = 4096  # that leave partial sums: the last one adds them
 
 
 def settings(dims: int, wide: bool) -> tuple[int, int, int]:
-    """(rows, dims of a step, warps) of a program: 1024 elements, 512 in fp64. Not tuned on a GPU yet."""
-    block = 512 if wide else 1024
-    BD = min(256, max(16, next_power_of_two(dims)))
-    return block // BD, BD, 4
+    """(rows, dims of a step, warps) of a program: up to 1024 elements, 512 in fp64. Not tuned on a GPU yet."""
+    BD = min(128, max(8, next_power_of_two(dims)))
+    return min(32, (512 if wide else 1024) // BD), BD, 4
 
 
 @triton.jit
@@ -85,15 +84,15 @@ def gather_kernel(
         tl.store(partial + pid, tl.sum(total, axis=0))
         tl.store(partial + programs + pid, tl.sum(valid, axis=0))
         if arrive(ticket, 0, programs):
-            total = tl.zeros([256], tl.float64)
-            valid = tl.zeros([256], tl.float64)
-            for first in range(0, programs, 256):
-                p = first + tl.arange(0, 256)
-                total += tl.load(partial + p, mask=p < programs, other=0.0, cache_modifier=".cg")
-                valid += tl.load(partial + programs + p, mask=p < programs, other=0.0, cache_modifier=".cg")
-            value = tl.sum(total, axis=0)
+            sums = tl.zeros([256], tl.float64)
+            numbers = tl.zeros([256], tl.float64)
+            for start in range(0, programs, 256):
+                p = start + tl.arange(0, 256)
+                sums += tl.load(partial + p, mask=p < programs, other=0.0, cache_modifier=".cg")
+                numbers += tl.load(partial + programs + p, mask=p < programs, other=0.0, cache_modifier=".cg")
+            value = tl.sum(sums, axis=0)
             if REDUCTION == 1:
-                value = value / (dims * tl.maximum(tl.sum(valid, axis=0), 1.0))
+                value = value / (dims * tl.maximum(tl.sum(numbers, axis=0), 1.0))
             tl.store(loss, value)
             release(ticket, 0)
 

@@ -16,9 +16,9 @@ PIECE = 1024  # rows
 
 
 def settings(dims: int) -> tuple[int, int, int]:
-    """(rows, dims of a step, warps) of a program: 1024 fp64 elements. Not tuned on a GPU yet."""
-    BD = min(128, max(16, next_power_of_two(dims)))
-    return 1024 // BD, BD, 4
+    """(rows, dims of a step, warps) of a program: up to 1024 fp64 elements. Not tuned on a GPU yet."""
+    BD = min(128, max(8, next_power_of_two(dims)))
+    return min(32, 1024 // BD), BD, 4
 
 
 @triton.jit(do_not_specialize=FIXED)
