@@ -8,12 +8,15 @@
 Memory beyond the output: 6 K D + 28 K bytes and 40 bytes a row. No launch waits for the host.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .. import _layout as layout
-from ._pack import pack
+from ._pack import Packed, pack
 from ._rows import (
     FIXED, TRITON, accumulator, exponent, is_finite, next_power_of_two, power_of_two, root, row_offset,
     rows_at,
@@ -264,31 +267,50 @@ def scores_kernel(
     tl.store(scores + row[:, None] * codes + k, tl.where(s == s, s, float("inf")), mask=ok)
 
 
+class Tiles(NamedTuple):
+    """What the fast pass leaves, see nearest_tiles_kernel."""
+
+    low: Tensor
+    kept: Tensor
+    others: Tensor
+    upper: Tensor
+
+
+def nearest_tiles(
+    x: Tensor, packed: Packed, mask: Tensor | None, compute: torch.dtype, exact: bool
+) -> Tiles:
+    """The fast pass over x [*R, D]; mask uint8, contiguous."""
+    rows, dims, tiles = x.shape[:-1].numel(), x.shape[-1], packed.bound.shape[0]
+    BN, G, BD, warps = settings(dims)
+    blocks = -(-rows // BN)
+    per_program = -(-tiles // min(tiles, SPLITS, max(1, PROGRAMS // blocks)))
+    splits = -(-tiles // per_program)
+    low = x.new_empty((rows, splits, TOP), dtype=torch.float32)
+    others = x.new_empty((rows, splits), dtype=torch.float32)
+    found = Tiles(low, torch.empty_like(low, dtype=torch.int32), others, torch.empty_like(others))
+    nearest_tiles_kernel[blocks, splits](
+        x, rows_at(x), mask, packed.mu, packed.shift, packed.rounded, packed.half, packed.bound, *found,
+        rows, dims, tiles, per_program, exact, TRITON[compute], BN, G, BD, dims <= BD,
+        num_warps=warps, num_stages=3,
+    )  # fmt: skip
+    return found
+
+
 def vq_assign(x, codebook, mask, metric, exact, int32):
     """`vaeops::vq_assign`: four launches."""
     indices = x.new_empty(x.shape[:-1], dtype=torch.int32 if int32 else torch.int64)
     rows, dims, codes = indices.numel(), x.shape[-1], codebook.shape[0]
     if rows == 0:
         return indices
-    compute = accumulator(x, codebook)
-    BN, G, BD, warps = settings(dims)
-    blocks, tiles = -(-rows // BN), -(-codes // G)
-    per_program = -(-tiles // min(tiles, SPLITS, max(1, PROGRAMS // blocks)))
-    splits = -(-tiles // per_program)
-    low, others = x.new_empty((rows, splits, TOP), dtype=torch.float32), x.new_empty((rows, splits), dtype=torch.float32)
-    kept, upper = torch.empty_like(low, dtype=torch.int32), torch.empty_like(others)
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
-    x_at = rows_at(x)
+    compute, G = accumulator(x, codebook), settings(dims)[1]
     with layout.guard(x):
         packed = pack(codebook.contiguous(), metric, compute, G)
-        nearest_tiles_kernel[blocks, splits](
-            x, x_at, mask, packed.mu, packed.shift, packed.rounded, packed.half, packed.bound,
-            low, kept, others, upper, rows, dims, tiles, per_program,
-            exact, TRITON[compute], BN, G, BD, dims <= BD, num_warps=warps, num_stages=3,
-        )  # fmt: skip
+        found = nearest_tiles(x, packed, mask, compute, exact)
+        splits = found.low.shape[1]
         refine_kernel[(-(-rows // REFINED_ROWS),)](
-            x, x_at, mask, packed.exact, packed.base, low, kept, others, upper, indices,
-            rows, codes, dims, tiles, splits, *packed.exact_strides,
+            x, rows_at(x), mask, packed.exact, packed.base, *found, indices,
+            rows, codes, dims, packed.bound.shape[0], splits, *packed.exact_strides,
             metric, exact, REFINED_ROWS, G, 1 if splits == 1 else SPLITS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return indices
