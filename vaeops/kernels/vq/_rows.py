@@ -19,7 +19,9 @@ TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
 def rows_at(t: Tensor | None) -> tuple[int, ...] | None:
     if t is None:
         return None
-    dims = layout._merge(tuple(t.shape[:-1]), [t.stride()[:-1]]) or [(1, [0])]
+    dims = layout._merge(tuple(t.shape[:-1]), [t.stride()[:-1]])
+    if not dims:  # one row, with the stride of several: nothing compiles anew for it
+        dims = [(1, [t.stride(-2) if t.dim() > 1 else t.shape[-1]])]
     inner = (number for size, (stride,) in dims[1:] for number in (size, stride))
     return (t.stride(-1), dims[0][1][0], *inner)
 

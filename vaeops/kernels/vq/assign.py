@@ -138,7 +138,9 @@ def nearest_tiles_kernel(
                 products = tl.dot(rounded_rows(scaled), e, products, input_precision="ieee")
         score = tl.min(tl.load(half + k)[None, :] * ratio[:, None] - products, axis=1)
         b = bound + 4 * tile
-        error = residual * tl.load(b) + square * tl.load(b + 1) + ratio * tl.load(b + 2) + length * tl.load(b + 3)
+        error = (
+            residual * tl.load(b) + square * tl.load(b + 1) + ratio * tl.load(b + 2) + length * tl.load(b + 3)
+        )
         error = tl.where(in_range & is_finite(error), error * 1.001 + 1e-9, float("inf"))
         if not EXACT:
             error = tl.where(is_finite(error), 0.0, float("inf"))
@@ -183,13 +185,7 @@ def exact_scores(x, step, row_ok, codes, code_ok, base, dims, d_step, METRIC: tl
         t = tl.fma(tl.broadcast_to(v[:, None], t.shape), e, t)
         x += step
         codes += d_step
-    if METRIC == 0:
-        s = base - t
-    elif METRIC == 1:
-        s = -t / base
-    else:
-        s = -t
-    return s
+    return -t / base if METRIC == 1 else base - t
 
 
 @triton.jit(do_not_specialize=FIXED)
@@ -276,9 +272,7 @@ class Tiles(NamedTuple):
     upper: Tensor
 
 
-def nearest_tiles(
-    x: Tensor, packed: Packed, mask: Tensor | None, compute: torch.dtype, exact: bool
-) -> Tiles:
+def nearest_tiles(x: Tensor, packed: Packed, mask: Tensor | None, compute: torch.dtype, exact: bool) -> Tiles:
     """The fast pass over x [*R, D]; mask uint8, contiguous."""
     rows, dims, tiles = x.shape[:-1].numel(), x.shape[-1], packed.bound.shape[0]
     BN, G, BD, warps = settings(dims)

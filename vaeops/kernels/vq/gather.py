@@ -32,7 +32,9 @@ def load_rows(x, d, dims, step, row_ok, C: tl.constexpr):
 @triton.jit
 def load_codes(codebook, k, d, dims, used, C: tl.constexpr):
     """[R, BD] of C: dims d of codes k [R]."""
-    return tl.load(codebook + k[:, None] * dims + d[None, :], mask=used[:, None] & (d < dims)[None, :], other=0.0).to(C)
+    return tl.load(
+        codebook + k[:, None] * dims + d[None, :], mask=used[:, None] & (d < dims)[None, :], other=0.0
+    ).to(C)
 
 
 @triton.jit(do_not_specialize=FIXED + ("fill",))
@@ -46,6 +48,7 @@ def gather_kernel(
     rows: tl.int64, dims, per_program: tl.int32, programs: tl.int32, fill: tl.float64,
     REDUCTION: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    W: tl.constexpr = tl.float64 if quantized.dtype.element_ty == tl.float64 else tl.float32
     pid = tl.program_id(0)
     total = tl.zeros([R], tl.float64)
     valid = tl.zeros([R], tl.float64)
@@ -68,9 +71,9 @@ def gather_kernel(
         for first in range(0, dims, BD):
             d = first + tl.arange(0, BD)
             e = load_codes(codebook, k, d, dims, used, codebook.dtype.element_ty)
-            e = e.to(quantized.dtype.element_ty)
+            e = e.to(quantized.dtype.element_ty).to(W)
             e = tl.where(bad[:, None] > 0, float("nan"), e)
-            e = tl.where(used[:, None], e, fill.to(e.dtype))
+            e = tl.where(used[:, None], e, tl.cast(fill, W))
             tl.store(out[:, None] + d.to(tl.int64)[None, :] * quantized_at[0], e,
                      mask=row_ok[:, None] & (d < dims)[None, :])  # fmt: skip
         if loss is not None:
