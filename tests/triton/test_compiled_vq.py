@@ -76,7 +76,8 @@ CASES = {
         segment_sum(64), {"keys": (40, 256, 250), "pieces": (56, 4096, 700), "segments": (56, 4096, 1000)}
     ),
     "segment sum, bf16": (
-        segment_sum(256, HALF), {"keys": (40, 256, 250), "pieces": (56, 4096, 700), "segments": (56, 4096, 1000)}
+        segment_sum(256, HALF),
+        {"keys": (40, 256, 250), "pieces": (56, 4096, 700), "segments": (56, 4096, 1000)},
     ),
     "segment sum, fixed point": (
         segment_sum(64, absmax=torch.ones(())), {"pieces": (64, 4096, 700), "segments": (64, 4096, 1000)}

@@ -37,7 +37,7 @@ def test_assign(D, metric):
 
 
 def test_assign_reads_many_dims_in_steps(monkeypatch):
-    monkeypatch.setattr(assign, "settings", lambda dims: (16, 64, 16, 4))
+    monkeypatch.setattr(assign, "settings", lambda dims, compute: (16, 16, 4))
     check_assign(normal(20, 50), normal(70, 50, seed=1))
 
 
@@ -73,7 +73,7 @@ def hard_cases():
     yield "low rank", x[:, :2] @ e[:2], e[:, :2] @ e[:2]
     yield "heavy tails", cauchy(uniform[:64]), cauchy(uniform)
     yield "every code five times", x, e[:64].repeat(5, 1)
-    yield "every code the same", x[:8], e[:1].expand(400, 8)
+    yield "every code the same", x[:8], e[:1].expand(330, 8)
     yield "only zeros", x[:8], torch.zeros(300, 8)
     yield "large", tilted * 1e15, tied * 1e15
     yield "small", tilted * 1e-15, tied * 1e-15
@@ -103,8 +103,8 @@ def test_the_fast_pass_leaves_one_tile_of_most_rows():
 
 @pytest.mark.parametrize("metric", [L2, COSINE, DOT])
 def test_bounds_hold(metric):
-    """Of each tile that a row keeps: |its least score by the fast pass - the true one| is within the bound."""
-    for name, x, e in [*hard_cases()][:10:2]:
+    """Of each tile that a row keeps: the fast pass misses its least score by no more than the bound."""
+    for name, x, e in [*hard_cases()][:10:3]:
         compute = ref.compute_dtype(x, e)
         packed = _pack.pack(e.contiguous(), metric, compute, 64)
         exact, fast = (assign.nearest_tiles(x, packed, None, compute, flag) for flag in (True, False))
@@ -143,13 +143,13 @@ def test_more_candidates_than_a_row_keeps(monkeypatch):
 
 
 def test_few_rows_share_the_codebook():
-    x, e = normal(5, 2), normal(2200, 2, seed=1)
-    assert found_tiles(x, e).low.shape == (5, 18, 4)
+    x, e = normal(5, 2), normal(700, 2, seed=1)
+    assert found_tiles(x, e).low.shape == (5, 11, 4)
     check_assign(x, e)
 
 
 def test_an_index_depends_on_its_row_alone():
-    x, e = normal(300, 6), normal(200, 6, seed=1)
+    x, e = normal(150, 4), normal(150, 4, seed=1)
     together = check_assign(x, e)
     assert torch.equal(vq.vq_assign(x[7:8], e, None, L2, True, False), together[7:8])
     assert torch.equal(vq.vq_assign(x.flip(0), e, None, L2, True, False), together.flip(0))
@@ -284,7 +284,7 @@ def test_segment_sum(piece, dtype, monkeypatch):
     monkeypatch.setattr(segment, "PIECE", piece)
     for x in layouts((3, 4, 10), 5):
         x = x.to(dtype)
-        _, e, indices = inputs((3, 4, 10), 5)
+        indices = inputs((3, 4, 10), 5)[2]
         weights = torch.rand(indices.shape, generator=torch.Generator().manual_seed(3))
         for w, fp64 in ((None, False), (weights, True)):
             ours, want = (f.vq_segment_sum(x, indices, w, None, 9, False, fp64) for f in (vq, ref))
@@ -293,7 +293,7 @@ def test_segment_sum(piece, dtype, monkeypatch):
 
 
 def test_segment_sum_edges():
-    x, e, indices = inputs((50,), 140)
+    x, _, indices = inputs((50,), 140)
     x[3, 139], x[4, 0], x[5] = torch.inf, torch.nan, torch.nan
     indices[3:5] = 2
     for w in (None, torch.rand(50)):
@@ -306,7 +306,7 @@ def test_segment_sum_edges():
 
 
 def test_fixed_point_sums(monkeypatch):
-    x, e, indices = inputs((50,), 5)
+    x, _, indices = inputs((50,), 5)
     x[3] = torch.nan
     largest = x[4:].abs().amax()
     for absmax in (largest, largest.double() * 8, largest / 4, torch.tensor(0.0), torch.tensor(1e-40)):

@@ -1,7 +1,7 @@
-"""The codebook as the fast pass of vq_assign reads it: centred, scaled, rounded to fp16, with its error bounds.
+"""The codebook as the fast pass of vq_assign reads it: centred, scaled, in fp16, with bounds of its error.
 
-A tile is G consecutive codes. Centring by mu (the mean code; zero unless the metric is l2) adds the same number to
-all scores of a row: |e|^2/2 - x.e = |e - mu|^2/2 - (x - mu).(e - mu) + f(x). Scaling by 2^n keeps fp16 in range.
+A tile is G consecutive codes. Centring by mu (the mean code, with l2 only) adds the same number to all scores
+of a row: |e|^2/2 - x.e = |e - mu|^2/2 - (x - mu).(e - mu) + f(x). Scaling by 2^n keeps fp16 in range.
 """
 
 from typing import NamedTuple
@@ -83,6 +83,7 @@ def pack_kernel(
     if METRIC == 1:
         good = good & (h > 0)
     norm = tl.sqrt(tl.where(good, h, 1.0))
+    inverse = 1.0 / norm
 
     square = tl.zeros([G], tl.float64)
     residual = tl.zeros([G], tl.float64)
@@ -92,7 +93,7 @@ def pack_kernel(
             tl.float64
         )
         if METRIC == 1:
-            e = e / norm[:, None]
+            e = e * inverse[:, None]
         if mu is not None:
             mean = (
                 tl.sum(tl.load(total + p * dims + d, mask=d < dims, other=0.0), axis=0, keep_dims=True)
@@ -109,21 +110,10 @@ def pack_kernel(
         square += tl.sum(e * e, axis=1)
         residual += tl.sum(gap * gap, axis=1)
 
-    if METRIC == 0:
-        bias = 0.5 * square
-        start = 0.5 * h
-        length = tl.max(tl.where(good, norm, 0.0), axis=0) * scale
-        most_bias = tl.max(bias, axis=0)
-    elif METRIC == 1:
-        bias = 0.0 * square
-        start = norm
-        length = scale
-        most_bias = scale * 0.0
-    else:
-        bias = 0.0 * square
-        start = 0.0 * square
-        length = tl.max(tl.where(good, norm, 0.0), axis=0) * scale
-        most_bias = scale * 0.0
+    nothing = tl.zeros([G], tl.float64)
+    bias = 0.5 * square if METRIC == 0 else nothing
+    start = 0.5 * h if METRIC == 0 else norm if METRIC == 1 else nothing
+    length = scale if METRIC == 1 else scale * tl.max(tl.where(good, norm, 0.0), axis=0)
     tl.store(half + k, tl.where(good, bias, float("inf")).to(tl.float32))
     tl.store(base + k, tl.where(good, start, float("nan")))
 
@@ -133,12 +123,12 @@ def pack_kernel(
     own_error = (2 * dims + 8) * 1.1102230246251565e-16  # 2^-53
     e_norm = tl.sqrt(tl.max(square, axis=0))
     e_gap = tl.sqrt(tl.max(residual, axis=0))
-    # Where the definition itself over- or underflows nothing is promised: bounds of inf have all codes scored.
+    # Where the definition itself may over- or underflow, bounds of inf have all codes scored.
     usable = (top == 0) | ((top > 3.8725919148493183e-121) & (top < 3.273390607896142e150))  # 2^-400, 2^500
     up = tl.where(usable, 1.0009765625, float("inf"))
     tl.store(bound + 4 * tile, (up * e_norm).to(tl.float32))
     tl.store(bound + 4 * tile + 1, (up * (e_gap + sum_error * (e_norm + e_gap))).to(tl.float32))
-    bias_error = 4.76837158203125e-07 * most_bias  # 2^-21
+    bias_error = 4.76837158203125e-07 * tl.max(bias, axis=0)  # 2^-21
     if METRIC == 0:
         bias_error += own_error * 0.5 * length * length
     tl.store(bound + 4 * tile + 2, (up * bias_error).to(tl.float32))
@@ -161,7 +151,7 @@ class Packed(NamedTuple):
 
 
 def pack(codebook: Tensor, metric: int, compute: torch.dtype, G: int) -> Packed:
-    """codebook [K, D] contiguous; two launches, 6 K D bytes (2 K D for an fp64 codebook) + 20 K."""
+    """codebook [K, D] contiguous; two launches. Makes 6 K D + 13 K bytes, less where codes are not fp32."""
     K, D = codebook.shape
     tiles, blocks = -(-K // G), -(-D // BLOCK_D)
     new = codebook.new_empty

@@ -53,7 +53,7 @@ def is_finite(v):
 
 @triton.jit
 def exponent(v):
-    """The least n with v < 2^n, for normal v >= 0; for smaller ones the exponent of the least normal number."""
+    """The least n with v < 2^n, for normal v > 0; for 0 and smaller ones that of the least normal number."""
     if v.dtype == tl.float64:
         n = (v.to(tl.int64, bitcast=True) >> 52).to(tl.int32) - 1022
     else:
@@ -64,7 +64,7 @@ def exponent(v):
 @triton.jit
 def power_of_two(n, F: tl.constexpr):
     """2^n in F, exact: n is that of a normal number."""
-    if F == tl.float64:
+    if F.is_fp64():
         value = ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
     else:
         value = ((n + 127) << 23).to(tl.float32, bitcast=True)

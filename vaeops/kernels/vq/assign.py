@@ -1,11 +1,12 @@
 """Nearest codes in Triton, exact. Specification: vaeops/ref/vq.py.
 
 1. `pack`: the codebook in fp16, with bounds of what that costs (_pack.py).
-2. `nearest_tiles_kernel`: scores of all codes on tensor cores. A row keeps the TOP tiles of codes that can hold its
-   nearest code by a rigorous bound, and whether another tile could.
-3. `refine_kernel`: the definition's fp64 score for the codes of those tiles; for all codes where TOP was too few.
+2. `nearest_tiles_kernel`: scores of all codes on tensor cores. A row keeps the four tiles of codes that come
+   nearest, with rigorous bounds of their scores, and the least bound of all others.
+3. `refine_kernel`: the definition's fp64 scores of the tiles that can hold the nearest code; of all codes
+   where that can be more than four.
 
-Memory beyond the output: 6 K D + 28 K bytes and 40 bytes a row. No launch waits for the host.
+Memory beyond the output: 6 K D + 13 K bytes and 40 bytes a row. No launch waits for the host.
 """
 
 from typing import NamedTuple
@@ -18,10 +19,19 @@ from torch import Tensor
 from .. import _layout as layout
 from ._pack import Packed, pack
 from ._rows import (
-    FIXED, TRITON, accumulator, exponent, is_finite, next_power_of_two, power_of_two, root, row_offset,
+    FIXED,
+    TRITON,
+    accumulator,
+    exponent,
+    is_finite,
+    next_power_of_two,
+    power_of_two,
+    root,
+    row_offset,
     rows_at,
-)  # fmt: skip
+)
 
+TILE = 64  # codes
 TOP = 4  # tiles a row keeps
 SPLITS = 32  # parts of the codebook, at most, that a row's programs share
 PROGRAMS = 264  # fewer rows than these take: the codebook is split
@@ -29,19 +39,18 @@ REFINED_ROWS = 2  # of a program of refine_kernel
 SORT_ELEMENTS = 1 << 22  # scores that vq_topk sorts at a time
 
 
-def settings(dims: int) -> tuple[int, int, int, int]:
-    """(rows of a program, codes of a tile, dims of a step, warps) of the fast pass. Not tuned on a GPU yet.
+def settings(dims: int, compute: torch.dtype) -> tuple[int, int, int]:
+    """(rows, dims of a step, warps) of a program of the fast pass. Not tuned on a GPU yet.
 
     Up to 256 dims a program keeps its rows in fp16; above, it reads them again for every tile.
     """
-    if dims <= 128:
-        return 128, 64, max(16, next_power_of_two(dims)), 8
-    return (64, 64, 256, 8) if dims <= 256 else (128, 64, 64, 8)
+    rows = 64 if compute is torch.float64 or 128 < dims <= 256 else 128
+    return rows, max(16, next_power_of_two(dims)) if dims <= 256 else 64, 8
 
 
 @triton.jit
 def scaled_rows(x, row_ok, mu, first, dims, step, scale, BD: tl.constexpr, C: tl.constexpr):
-    """Dims first .. first + BD of rows (pointers x): as given, and centred and scaled, [rows, BD] of C each."""
+    """Dims first .. first + BD of rows (pointers x): as given, and centred and scaled; [rows, BD] of C."""
     d = first + tl.arange(0, BD)
     ok = row_ok[:, None] & (d < dims)[None, :]
     given = tl.load(x[:, None] + d.to(tl.int64)[None, :] * step, mask=ok, other=0.0).to(C)
@@ -89,13 +98,13 @@ def nearest_tiles_kernel(
         most = tl.maximum(most, tl.max(tl.abs(centred), axis=1))
     # Below 2^15; and below 2^30 times the codes' scale, which keeps the scores in range.
     codes_by = tl.load(code_shift)
-    limit: tl.constexpr = 900 if C == tl.float64 else 100
+    limit = 900 if C.is_fp64() else 100
     rows_by = tl.minimum(tl.minimum(15 - exponent(most), codes_by + 30), limit)
     scale = power_of_two(rows_by, C)
     ratio_by = rows_by - codes_by
     ratio = power_of_two(tl.maximum(ratio_by, -120), tl.float32)
     in_range = (ratio_by >= -120) & (most < float("inf"))
-    if C == tl.float64:
+    if C.is_fp64():
         in_range = in_range & (most_given < 3.273390607896142e150)  # 2^500: the definition may overflow
 
     square = tl.zeros([BN], tl.float32)
@@ -177,9 +186,9 @@ def nearest_tiles_kernel(
 
 @triton.jit
 def exact_scores(x, step, row_ok, codes, code_ok, base, dims, d_step, METRIC: tl.constexpr):
-    """fp64 scores of rows (pointers x [R]) and codes (pointers [R, G]) by the definition; base as in pack_kernel."""
+    """fp64 scores [R, G] by the definition, of pointers x [R] and codes [R, G]; base of pack_kernel."""
     t = tl.zeros(codes.shape, tl.float64)
-    for d in range(dims):
+    for _ in range(dims):
         v = tl.load(x, mask=row_ok, other=0.0).to(tl.float64)
         e = tl.load(codes, mask=code_ok, other=0.0).to(tl.float64)
         t = tl.fma(tl.broadcast_to(v[:, None], t.shape), e, t)
@@ -275,7 +284,7 @@ class Tiles(NamedTuple):
 def nearest_tiles(x: Tensor, packed: Packed, mask: Tensor | None, compute: torch.dtype, exact: bool) -> Tiles:
     """The fast pass over x [*R, D]; mask uint8, contiguous."""
     rows, dims, tiles = x.shape[:-1].numel(), x.shape[-1], packed.bound.shape[0]
-    BN, G, BD, warps = settings(dims)
+    BN, BD, warps = settings(dims, compute)
     blocks = -(-rows // BN)
     per_program = -(-tiles // min(tiles, SPLITS, max(1, PROGRAMS // blocks)))
     splits = -(-tiles // per_program)
@@ -284,7 +293,7 @@ def nearest_tiles(x: Tensor, packed: Packed, mask: Tensor | None, compute: torch
     found = Tiles(low, torch.empty_like(low, dtype=torch.int32), others, torch.empty_like(others))
     nearest_tiles_kernel[blocks, splits](
         x, rows_at(x), mask, packed.mu, packed.shift, packed.rounded, packed.half, packed.bound, *found,
-        rows, dims, tiles, per_program, exact, TRITON[compute], BN, G, BD, dims <= BD,
+        rows, dims, tiles, per_program, exact, TRITON[compute], BN, TILE, BD, dims <= BD,
         num_warps=warps, num_stages=3,
     )  # fmt: skip
     return found
@@ -297,15 +306,16 @@ def vq_assign(x, codebook, mask, metric, exact, int32):
     if rows == 0:
         return indices
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
-    compute, G = accumulator(x, codebook), settings(dims)[1]
+    compute = accumulator(x, codebook)
     with layout.guard(x):
-        packed = pack(codebook.contiguous(), metric, compute, G)
+        packed = pack(codebook.contiguous(), metric, compute, TILE)
         found = nearest_tiles(x, packed, mask, compute, exact)
         splits = found.low.shape[1]
         refine_kernel[(-(-rows // REFINED_ROWS),)](
             x, rows_at(x), mask, packed.exact, packed.base, *found, indices,
             rows, codes, dims, packed.bound.shape[0], splits, *packed.exact_strides,
-            metric, exact, REFINED_ROWS, G, 1 if splits == 1 else SPLITS, num_warps=4, enable_fp_fusion=False,
+            metric, exact, REFINED_ROWS, TILE, 1 if splits == 1 else SPLITS,
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return indices
 
@@ -316,16 +326,15 @@ def vq_topk(x, codebook, mask, k, metric, exact, int32):
     scores = x.new_empty(shape, dtype=accumulator(x, codebook))
     indices = x.new_empty(shape, dtype=torch.int32 if int32 else torch.int64)
     rows = indices.numel() // k
-    _, G, _, _ = settings(dims)
     codebook = codebook.contiguous()
     with layout.guard(x):
-        base = pack(codebook, metric, scores.dtype, G).base if rows else None
+        base = pack(codebook, metric, scores.dtype, TILE).base if rows else None
         step = max(1, SORT_ELEMENTS // codes)
         for first in range(0, rows, step):
             count = min(step, rows - first)
             part = x.new_empty((count, codes), dtype=torch.float64)
-            scores_kernel[-(-count // REFINED_ROWS), -(-codes // G)](
-                x, rows_at(x), codebook, base, part, first, count, codes, dims, metric, REFINED_ROWS, G,
+            scores_kernel[-(-count // REFINED_ROWS), -(-codes // TILE)](
+                x, rows_at(x), codebook, base, part, first, count, codes, dims, metric, REFINED_ROWS, TILE,
                 num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
             part, order = part.sort(dim=1, stable=True)

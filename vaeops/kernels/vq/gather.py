@@ -10,14 +10,22 @@ import triton.language as tl
 from .. import _layout as layout
 from .._tile import arrive, release
 from ._rows import (
-    FIXED, TRITON, accumulator, divide, is_finite, next_power_of_two, root, row_offset, rows_at,
-)  # fmt: skip
+    FIXED,
+    TRITON,
+    accumulator,
+    divide,
+    is_finite,
+    next_power_of_two,
+    root,
+    row_offset,
+    rows_at,
+)
 
 MAX_PROGRAMS = 4096  # that leave partial sums: the last one adds them
 
 
 def settings(dims: int, wide: bool) -> tuple[int, int, int]:
-    """(rows, dims of a step, warps) of a program: up to 1024 elements, 512 in fp64. Not tuned on a GPU yet."""
+    """(rows, dims of a step, warps) of a program: at most 1024 elements, 512 in fp64. Not tuned yet."""
     BD = min(128, max(8, next_power_of_two(dims)))
     return min(32, (512 if wide else 1024) // BD), BD, 4
 
@@ -37,7 +45,7 @@ def load_codes(codebook, k, d, dims, used, C: tl.constexpr):
     ).to(C)
 
 
-@triton.jit(do_not_specialize=FIXED + ("fill",))
+@triton.jit(do_not_specialize=(*FIXED, "fill"))
 def gather_kernel(
     indices,  # int64 or int32 [N]
     codebook,  # [K, D]
@@ -186,7 +194,7 @@ def vq_gather(indices, codebook, x, fill, reduction):
     per_program = -(-rows // (R * MAX_PROGRAMS))
     programs = -(-rows // (R * per_program))
     summed = loss is not None and reduction > 0
-    partial = loss.new_empty((2, programs), dtype=torch.float64) if summed else None
+    partial = codebook.new_empty((2, programs), dtype=torch.float64) if summed else None
     with layout.guard(codebook):
         gather_kernel[(programs,)](
             indices.contiguous(), codebook.contiguous(), x, rows_at(x), quantized, rows_at(quantized), loss,

@@ -1,7 +1,7 @@
 """Sums of rows by index in Triton, in a fixed order. Specification: vaeops/ref/vq.py.
 
-A stable sort of the indices lists every code's rows in row order. A program adds up to PIECE rows of one code; what a
-code has beyond that is cut into pieces of PIECE rows, summed first. Nothing is added atomically.
+A stable sort of the indices lists every code's rows in row order. A program adds at most PIECE rows of one
+code; what a code has beyond them is cut into pieces of PIECE rows, summed first. Nothing is added atomically.
 """
 
 import torch
@@ -129,7 +129,7 @@ def vq_segment_sum(values, indices, weights, absmax, K, skip_nonfinite, fp64):
     values_at, blocks = rows_at(values), -(-dims // BD)
     weights = None if weights is None else weights.contiguous()
     accumulated, A = (torch.int64, tl.int64) if absmax is not None else (torch.float64, tl.float64)
-    options = dict(num_warps=warps, enable_fp_fusion=False)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
     with layout.guard(values):
         fixed_by = None
         if absmax is not None:
