@@ -15,5 +15,12 @@ from .ops.gaussian import (
     reparam_kl_packed as reparam_kl_packed,
     reparameterize as reparameterize,
 )
+from .ops.vq import (
+    VQOutput as VQOutput,
+    vector_quantize as vector_quantize,
+    vq_assign as vq_assign,
+    vq_lookup as vq_lookup,
+    vq_topk as vq_topk,
+)
 
 __version__ = "0.1.0"
