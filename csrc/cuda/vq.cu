@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kThreads, kGatherBlocks)
         store<T>(call.quantized.operand, at[1] + d * call.quantized.step, static_cast<Compute<T>>(NAN));
       }
     }
-    sum = bad ? NAN : team_sum(sum, team);
+    sum = team_sum(sum, team);
+    if (bad) sum = NAN;
     if (call.reduction == RowReduction::off || !in || lane != 0) continue;
     if (call.reduction == RowReduction::none) {
       static_cast<C*>(call.loss)[n] = static_cast<C>(sum / static_cast<double>(call.dims));

@@ -1,4 +1,5 @@
-// What the kernels of vector quantization share: rows through strides, indices, codes in full precision, teams of lanes.
+// What the kernels of vector quantization share: rows through strides, indices, codes in full precision, teams of
+// lanes.
 #pragma once
 #include "operand.cuh"
 

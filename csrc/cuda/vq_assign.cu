@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(kThreads, kRefineBlocks)
               float e[kChunk];
               load_chunk<float>(call.codebook, k * dims + d, e);
 #pragma unroll
-              for (int i = 0; i < kChunk; ++i) dot = __fma_rn(load<T>(call.x.operand, offset + (d + i) * step), e[i], dot);
+              for (int i = 0; i < kChunk; ++i)
+                dot = __fma_rn(load<T>(call.x.operand, offset + (d + i) * step), e[i], dot);
             }
           } else {
             for (; d < dims; ++d) {

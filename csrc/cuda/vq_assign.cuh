@@ -6,8 +6,8 @@
 //     dot     a = x.e'                                     e' = s (e - m)
 //     cosine  a = x.e'                                     e' = e / |e|
 // For every row and group of 8 codes, B = |x'| P + Q bounds how far the group's fp32 maximum of `a` lies from that of
-// the canonical fp64 scores. With `reach` = a + B and `floor` = the largest a - B of any group, the nearest code is in a
-// group with reach >= floor: of the groups that one thread sees of a row, the best is kept, and the second's reach.
+// the canonical fp64 scores. With `reach` = a + B and `floor` = the largest a - B of any group, the nearest code is in
+// a group with reach >= floor: of the groups that one thread sees of a row, the best is kept, and the second's reach.
 #pragma once
 #include "vq.cuh"
 
@@ -24,7 +24,7 @@ constexpr int kSampled = 256;                     // codes that centre and scale
 
 // What one split of the codes says about a row.
 struct Record {
-  float floor, rest;     // rest: the largest reach of what is not kept
+  float floor, rest;  // rest: the largest reach of what is not kept
   float reach[kKept];
   int32_t group[kKept];  // -1: none
 };
@@ -36,11 +36,12 @@ struct Frame {
 };
 
 struct Pass {
-  float* packed = nullptr;   // [K / 128, D, 128] the codes' e', zero where never chosen; order of a tile's codes: `place`
-  float* lead = nullptr;     // [K / 128, 128] -|e'|^2 / 2 or 0, -inf where never chosen
-  float* margin = nullptr;   // [K / 8, 2] P, Q
-  float* mean = nullptr;     // [D] m
-  double* bias = nullptr;    // [K] for score_of
+  float* packed =
+      nullptr;            // [K / 128, D, 128] the codes' e', zero where never chosen; order of a tile's codes: `place`
+  float* lead = nullptr;  // [K / 128, 128] -|e'|^2 / 2 or 0, -inf where never chosen
+  float* margin = nullptr;  // [K / 8, 2] P, Q
+  float* mean = nullptr;    // [D] m
+  double* bias = nullptr;   // [K] for score_of
   double* partials = nullptr;
   Frame* frame = nullptr;
   Record* records = nullptr;  // [splits, N]
@@ -65,8 +66,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t first = blockIdx.x * int64_t{kWarp}; first < call.dims; first += gridDim.x * int64_t{kWarp}) {
     const int64_t d = first + x;
     const auto value = [&](int64_t i) {
-      return d < call.dims ? any_at<double>(call.codebook, call.codebook_dtype, i * call.codes / sampled * call.dims + d)
-                           : 0;
+      return d < call.dims
+                 ? any_at<double>(call.codebook, call.codebook_dtype, i * call.codes / sampled * call.dims + d)
+                 : 0;
     };
     double sum = 0;
     for (int64_t i = y; i < sampled && centred; i += kDeep) {
@@ -138,17 +140,16 @@ __global__ void __launch_bounds__(kThreads)
     if (call.metric == Metric::cosine) chosen = chosen && h > 0;
     const double norm = __dsqrt_rn(h);
     if (k < call.codes) {
-      pass.bias[k] = !chosen                         ? NAN
-                     : call.metric == Metric::l2     ? 0.5 * h
-                     : call.metric == Metric::cosine ? norm
-                                                     : 0;
+      pass.bias[k] = !chosen ? NAN : call.metric == Metric::l2 ? 0.5 * h : call.metric == Metric::cosine ? norm : 0;
     }
     if (!fast) continue;
     const double scale = pass.frame->scale, centre = pass.frame->centre;
     float* out = pass.packed + k / kTileCodes * dims * kTileCodes + place(static_cast<int>(k % kTileCodes));
     double square = 0, packed_square = 0;
     for (int64_t d = 0; d < dims && k < most; ++d) {
-      const double e = !chosen ? 0 : call.metric == Metric::cosine ? value(d) / norm : (value(d) - pass.mean[d]) * scale;
+      const double e = !chosen                         ? 0
+                       : call.metric == Metric::cosine ? value(d) / norm
+                                                       : (value(d) - pass.mean[d]) * scale;
       const float packed = static_cast<float>(e);
       out[d * kTileCodes] = packed;
       square += e * e;
@@ -159,8 +160,9 @@ __global__ void __launch_bounds__(kThreads)
     if (call.metric == Metric::cosine && chosen) bounded = bounded && h > 0x1p-900 && h < 0x1p900;
     double length = bounded ? sqrt(packed_square) * (1 + 0x1p-20) : 0;
     double half = call.metric == Metric::l2 && bounded ? 0.5 * square : 0;
-    if (k < most) pass.lead[k / kTileCodes * kTileCodes + place(static_cast<int>(k % kTileCodes))] =
-        chosen ? -static_cast<float>(half) : -INFINITY;
+    if (k < most)
+      pass.lead[k / kTileCodes * kTileCodes + place(static_cast<int>(k % kTileCodes))] =
+          chosen ? -static_cast<float>(half) : -INFINITY;
     if (!bounded && k < most) {
       for (int64_t d = 0; d < dims; ++d) out[d * kTileCodes] = 0;
     }

@@ -19,8 +19,8 @@ struct Scan {
   int64_t k = 1;
   int32_t height = kScanTile;  // rows that a block takes at a time: fewer where k is large
   unsigned grid = 1;
-  double* score = nullptr;   // [grid, height, k] the lists, ascending
-  int64_t* code = nullptr;   // [grid, height, k]
+  double* score = nullptr;    // [grid, height, k] the lists, ascending
+  int64_t* code = nullptr;    // [grid, height, k]
   int64_t* filled = nullptr;  // [grid, height]
   uint32_t* tickets = nullptr;
 
@@ -51,6 +51,7 @@ struct BestList {
     const int lane = threadIdx.x % kWarp;
     const int64_t end = filled < k ? filled : k - 1;  // when the list is full, its last entry falls out
     int64_t place = 0;
+    __syncwarp();  // everyone has read what the last insertion left
     for (int64_t base = (end - 1) / kWarp * kWarp; base >= 0 && end > 0; base -= kWarp) {
       const int64_t i = base + lane;
       const bool in = i < end;
@@ -124,7 +125,8 @@ __global__ void __launch_bounds__(kThreads, kScanBlocks)
           const int64_t d = d0 + c;
           double x = 0, e = 0;
           if (d < call.dims && row[r] >= 0) x = load<T>(call.x.operand, offset[r] + d * call.x.step);
-          if (d < call.dims && k < call.codes) e = any_at<double>(call.codebook, call.codebook_dtype, k * call.dims + d);
+          if (d < call.dims && k < call.codes)
+            e = any_at<double>(call.codebook, call.codebook_dtype, k * call.dims + d);
           if (!is_finite(x)) bad[r] = true;
           xs[c * kScanTile + r] = x;
           es[c * kScanTile + r] = e;

@@ -26,8 +26,8 @@ struct Piece {
 };
 
 struct Sort {
-  int64_t chunks = 1, chunk = 0;  // of rows
-  int64_t piece = 0;              // rows in one
+  int64_t chunks = 1, chunk = 0;         // of rows
+  int64_t piece = 0;                     // rows in one
   unsigned long long* shares = nullptr;  // [chunks, K] counts, then where each chunk's next row of a code goes
   unsigned long long* used = nullptr;    // [2] rows placed, pieces made
   int64_t* keys = nullptr;               // [N]
@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(kThreads, kRowsBlocks)
     sum_kernel(const __grid_constant__ VqSegmentSum call, const __grid_constant__ Sort sort, int team) {
   const int lane = threadIdx.x % team, teams = kThreads / team;
   const int64_t items = call.codes + static_cast<int64_t>(sort.used[1]);
-  for (int64_t item = blockIdx.x * int64_t{teams} + threadIdx.x / team; item < items; item += gridDim.x * int64_t{teams}) {
+  for (int64_t item = blockIdx.x * int64_t{teams} + threadIdx.x / team; item < items;
+       item += gridDim.x * int64_t{teams}) {
     const bool whole = item < call.codes;
     const Piece piece = whole ? Piece{item, 0} : sort.pieces[item - call.codes];
     const Segment segment = sort.segments[piece.code];
@@ -172,9 +173,11 @@ __global__ void __launch_bounds__(kThreads, kRowsBlocks)
       for (int64_t i = 0; i < count; ++i) {
         const int64_t n = rows[i];
         double v = 1;
-        if (d < call.dims) v = load<T>(call.values.operand, row_offset(call.shape, call.values.operand, n) + d * call.values.step);
+        if (d < call.dims)
+          v = load<T>(call.values.operand, row_offset(call.shape, call.values.operand, n) + d * call.values.step);
         if (call.weights != nullptr) {
-          v *= call.weights_f64 ? static_cast<const double*>(call.weights)[n] : static_cast<const float*>(call.weights)[n];
+          v *= call.weights_f64 ? static_cast<const double*>(call.weights)[n]
+                                : static_cast<const float*>(call.weights)[n];
         }
         sum += v;
       }
@@ -210,7 +213,8 @@ __global__ void __launch_bounds__(kThreads, kRowsBlocks)
     fixed_point_kernel(const __grid_constant__ VqSegmentSum call, int team) {
   const int lane = threadIdx.x % team, teams = kThreads / team;
   int exponent = 0;
-  frexp(call.absmax_f64 ? *static_cast<const double*>(call.absmax) : *static_cast<const float*>(call.absmax), &exponent);
+  frexp(call.absmax_f64 ? *static_cast<const double*>(call.absmax) : *static_cast<const float*>(call.absmax),
+        &exponent);
   const int up = kFixedPointBits - exponent;
   unsigned long long* sums = static_cast<unsigned long long*>(call.sums);
   for (int64_t first = blockIdx.x * int64_t{teams}; first < call.shape.n; first += gridDim.x * int64_t{teams}) {
@@ -222,7 +226,8 @@ __global__ void __launch_bounds__(kThreads, kRowsBlocks)
     if (lane == 0) atomicAdd(static_cast<unsigned long long*>(call.counts) + k, 1ull);
     constexpr double kMost = static_cast<double>(int64_t{1} << kFixedPointBits);
     for (int64_t d = lane; d < call.dims; d += team) {
-      const double v = rint(ldexp(static_cast<double>(load<T>(call.values.operand, offset + d * call.values.step)), up));
+      const double v =
+          rint(ldexp(static_cast<double>(load<T>(call.values.operand, offset + d * call.values.step)), up));
       const int64_t fixed = static_cast<int64_t>(v < -kMost ? -kMost : v > kMost ? kMost : v);
       atomicAdd(sums + k * call.dims + d, static_cast<unsigned long long>(fixed));
     }
