@@ -179,7 +179,8 @@ __global__ void __launch_bounds__(kThreads)
     const double fp32 = static_cast<double>(dims + 8) * 0x1p-23, fp64 = static_cast<double>(2 * dims + 8) * 0x1p-53;
     const double least = static_cast<double>(dims) * 0x1p-120, whole = length + centre;
     const double p = fp32 * length + fp64 * whole + least;
-    const double q = fp32 * half + fp64 * (0.5 * whole * whole + centre * whole) + least * (1 + length);
+    const double norms = call.metric == Metric::l2 ? fp64 * (0.5 * whole * whole + centre * whole) : 0;
+    const double q = fp32 * half + norms + least * (1 + length);
     pass.margin[k / kGroup * 2] = static_cast<float>(1.001 * p);
     pass.margin[k / kGroup * 2 + 1] = bounded ? static_cast<float>(1.001 * q) : INFINITY;
   }
