@@ -325,7 +325,6 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks)
       }
       if (tx >= found && tx < kKept) record.group[tx] = -1;
     }
-    __syncthreads();  // norm and the tiles have been read
   }
 }
 

@@ -128,7 +128,6 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t end = (blockIdx.x + int64_t{1}) * sort.chunk;
   for (int64_t first = blockIdx.x * sort.chunk; first < end && first < call.shape.n; first += kThreads) {
     const int64_t n = first + t, key = n < call.shape.n ? sort.keys[n] : -1;
-    __syncthreads();  // the shares have moved on
     keys[t] = key;
     __syncthreads();
     int earlier = 0, same = 0;

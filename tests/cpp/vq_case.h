@@ -9,7 +9,7 @@
 namespace vaeops::test {
 
 // How x and the codebook are drawn.
-enum class Data { normal, taming, fitted, offset, midpoints, duplicates, cauchy, tiny, huge, equal, kinds };
+enum class Data { normal, taming, fitted, offset, midpoints, duplicates, near, cauchy, tiny, huge, equal, kinds };
 
 struct VqCase {
   Sizes rows = {5};
@@ -97,6 +97,11 @@ struct VqProblem {
     if (c.data == Data::duplicates || c.data == Data::equal) {
       const int64_t different = c.data == Data::equal ? 1 : (codes + 6) / 7;
       for (int64_t i = different * dims; i < codes * dims; ++i) es[i] = es[i % (different * dims)];
+    }
+    // Pairs of codes that fp32 cannot tell apart once they are centred.
+    for (int64_t i = codes / 2 * dims; i < codes * dims && c.data == Data::near; ++i) {
+      const double e = rounded(es[i - codes / 2 * dims], c.codebook_dtype);
+      es[i] = e * (1 + roundoff(c.codebook_dtype) * static_cast<double>(random() % 9 - 4.0));
     }
     for (int64_t i = 0; i < n && (c.data == Data::fitted || c.data == Data::midpoints); ++i) {
       const int64_t a = random() % codes, b = random() % codes;
