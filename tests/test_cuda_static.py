@@ -19,7 +19,10 @@ STATIC_SHARED = 48 << 10
 # Registers a thread may have: 65536 / 256 threads / the blocks per multiprocessor that launch bounds promise.
 # The first pattern that is found counts.
 REGISTERS = (
-    (r"^normal_kernel|^fold_in_kernel", 32),
+    (r"^normal_kernel|^fold_in_kernel|^place_kernel|^scatter_kernel", 32),
+    (r"^tiles_kernel|^scan_kernel", 128),
+    (r"^gather_backward_kernel", 80),
+    (r"^(pack|frame|refine|gather|keys|sum|combine|fixed_point)_kernel", 64),
     (r"^columns_kernel|<double|^rows_kernel<Backward", 128),
     (r"^rows_kernel|^flat_kernel<Backward<\w+, Path|, Path::linear|, Path::strided", 80),
     (r"^flat_kernel", 64),
@@ -31,6 +34,8 @@ LOOPS = {
     r"^flat_kernel<Backward<float, Path::plain": (8, 120),
     r"^normal_kernel": (4, 125),
 }
+# Share of a kernel's busiest loop that is multiply-adds.
+FMA_SHARE = {r"^tiles_kernel": 0.87}
 
 
 def tool(name: str) -> str | None:
@@ -62,19 +67,23 @@ def readable(symbols: list[str]) -> list[str]:
     return out
 
 
-def loop_length(sass: str) -> int:
-    """Instructions in the longest loop: from the target of a backward branch to the branch."""
+def loops(sass: str) -> list[list[str]]:
+    """The instructions of every loop: from the target of a backward branch to the branch."""
     code = [(int(at, 16), op) for at, op in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass)]
-    longest = 0
+    found = []
     for at, op in code:
         target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", op)
         if target and int(target[1], 16) < at:
-            longest = max(longest, sum(int(target[1], 16) <= a <= at for a, _ in code))
-    return longest
+            found.append([o for a, o in code if int(target[1], 16) <= a <= at])
+    return found
 
 
 def compile_kernels(source: Path, arch: str, folder: Path) -> list[dict]:
-    """One row per kernel; `loop` counts its longest loop's instructions, None without a disassembler."""
+    """One row per kernel.
+
+    `loop` counts its longest loop's instructions, None without a disassembler; `fma` is the largest share
+    of fp32 multiply-adds in any of its loops.
+    """
     nvcc, cuobjdump = tool("nvcc"), tool("cuobjdump")
     assert nvcc
     cubin = folder / f"{source.stem}.{arch}.cubin"
@@ -87,13 +96,15 @@ def compile_kernels(source: Path, arch: str, folder: Path) -> list[dict]:
         r".*?Used (\d+) registers(.*?)\n", done.stderr, re.S,
     )  # fmt: skip
     assert kernels, done.stderr[:2000]
-    loops = {}
+    code = {}
     if cuobjdump:
         for function in output(cuobjdump, "-sass", str(cubin)).split("Function : ")[1:]:
-            loops[function.split()[0]] = loop_length(function)
+            code[function.split()[0]] = loops(function)
     rows = []
     for (symbol, stores, loads, registers, rest), name in zip(kernels, readable([k[0] for k in kernels])):
         shared = re.search(r"(\d+) bytes smem", rest)
+        lengths = [len(loop) for loop in code.get(symbol, [])]
+        shares = [sum("FFMA" in op for op in loop) / len(loop) for loop in code.get(symbol, [])]
         rows.append(
             {
                 "name": name,
@@ -101,7 +112,8 @@ def compile_kernels(source: Path, arch: str, folder: Path) -> list[dict]:
                 "registers": int(registers),
                 "spills": int(stores) + int(loads),
                 "shared": int(shared[1]) if shared else 0,
-                "loop": loops.get(symbol),
+                "loop": max(lengths, default=0) if cuobjdump else None,
+                "fma": max(shares, default=0),
             }
         )
     return rows
@@ -133,6 +145,9 @@ def test_budgets(source: Path, arch: str, tmp_path: Path) -> None:
         for pattern, (elements, most) in LOOPS.items():
             if row["loop"] is not None and re.search(pattern, row["name"]):
                 assert 0 < row["loop"] / elements <= most, row
+        for pattern, least in FMA_SHARE.items():
+            if row["loop"] is not None and re.search(pattern, row["name"]):
+                assert row["fma"] >= least, row
 
 
 def test_every_kernel_has_a_budget() -> None:

@@ -2,23 +2,9 @@
 #pragma once
 #include "cuda_host.h"
 #include "gaussian_case.h"
+#include "scratch.h"
 
 namespace vaeops::test {
-
-// Scratch memory as a caller gives it: partial sums poisoned, tickets zero before and after.
-struct ScratchMemory {
-  std::vector<double> partials;
-  std::vector<uint32_t> tickets = std::vector<uint32_t>(cuda::kTickets, 0);
-
-  void check(const std::string& name) const {
-    for (uint32_t t : tickets) CHECK(t == 0, "a ticket was left at %u: %s", t, name.c_str());
-  }
-  cuda::Scratch scratch(int64_t bytes) {
-    CHECK(bytes % 8 == 0, "scratch of %lld bytes", static_cast<long long>(bytes));
-    partials.assign(static_cast<size_t>(bytes / 8), NAN);
-    return {partials.empty() ? nullptr : partials.data(), tickets.data()};
-  }
-};
 
 struct Results {
   Tensor z, kl, gmu, grho, gprior_mu, gprior_rho;
