@@ -1,7 +1,7 @@
 """Vector quantization: the nearest code alone, and a whole training step.
 
-A row of ours must choose the very code of the definition. A rival works in fp32 and may miss it by rounding: its
-choice has to be as near as fp32 can tell.
+A row of ours must choose the very code of the definition. A rival works in fp32 and may miss it by rounding:
+its choice has to be as near as fp32 can tell.
 """
 
 import importlib.util
@@ -103,9 +103,8 @@ class AssignCase:
         x, codebook = inputs.leaves
         (indices,) = row.call(x, codebook)
         x, indices = x[_probe(x)], indices[_probe(x)]
-        shares = {
-            "gap": _gap_share(x, codebook, _scores(x, codebook).gather(1, indices[:, None].to(x.device))[:, 0])
-        }
+        chosen = _scores(x, codebook).gather(1, indices[:, None].long())[:, 0]
+        shares = {"gap": _gap_share(x, codebook, chosen)}
         if row.ours and row.name != "vaeops, fast":
             wrong = indices != vaeops.vq_assign(x, codebook, impl="ref")
             shares["wrong rows"] = float("inf") if bool(wrong.any()) else 0.0

@@ -53,6 +53,7 @@ class MLPVQVAE(nn.Module):
     def forward(self, x: Tensor) -> VQVAEOutput:
         """x [B, in_dim] in [0, 1]."""
         q = vector_quantize(self.encoder(x), self.codebook, stats=True, impl=self.impl)
+        assert q.counts is not None  # they were asked for
         return VQVAEOutput(self.decode(q.quantized), q.indices, q.commit_loss, q.codebook_loss, q.counts)
 
     def decode(self, quantized: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ BATCH, HIDDEN, LATENT = 128, (256, 128), 10
 CASE_SECONDS = 8  # a case is timed for no longer, once it has three rounds
 TRAIN = 1500  # the other 297 images are held out
 STEPS = -(-TRAIN // BATCH)  # an epoch
-VQ = {"codes": 32, "dim": 64, "hidden": (128,), "commitment": 1.0}
+VQ: dict[str, Any] = {"codes": 32, "dim": 64, "hidden": (128,), "commitment": 1.0}
 VQ_STEPS = 20  # an epoch of the other trainings
 BETA = 0.4  # KL weight at the end: at 1 the latent of so small an image keeps but a blur of it
 

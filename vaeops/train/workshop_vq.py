@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,11 +106,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.codes < 1 or args.steps < TAIL:
         parser.error(f"--codes must be at least 1 and --steps at least {TAIL}")
-    options = {"codes": args.codes, "commitment": args.commitment, "steps": args.steps, "seed": args.seed}
+    options: dict[str, Any] = {
+        "codes": args.codes,
+        "commitment": args.commitment,
+        "steps": args.steps,
+        "seed": args.seed,
+    }
     try:
         if args.data == "mnist":
             trained, tested = (data.mnist(args.root / "mnist", split) for split in (True, False))
-            sizes = {"hidden": (512,), "dim": 256}
+            sizes: dict[str, Any] = {"hidden": (512,), "dim": 256}
         else:
             everything = data.digits(args.seed)
             trained, tested = (data.Images(*(t[part] for t in everything)) for part in DIGITS_SPLIT)
