@@ -1,7 +1,9 @@
 """Modules over the ops: state and defaults, no maths of their own."""
 
+from .codebook import Codebook as Codebook, update_codebooks as update_codebooks
 from .latent import (
     GaussianLatent as GaussianLatent,
     KLSchedule as KLSchedule,
     PosteriorMonitor as PosteriorMonitor,
 )
+from .quantize import VectorQuantize as VectorQuantize
