@@ -312,7 +312,7 @@ def vector_quantize(x, codebook, *, metric="l2", estimator="ste", mask=None, cha
     quantized = vq_gather(indices, codebook.detach(), fixed, 0.0, NO_LOSS)[0]
     through = rows.masked_fill(unused, 0)
     if estimator == "rotation":
-        through = _rotated(rows.to(dtype), e.detach().to(dtype)).masked_fill(unused, 0).to(x.dtype)
+        through = rotated(rows.to(dtype), e.detach().to(dtype)).masked_fill(unused, 0).to(x.dtype)
     if estimator != "none":
         quantized = quantized + (through - through.detach())  # adds exactly 0
     counts = sums = None
@@ -329,7 +329,7 @@ def vector_quantize(x, codebook, *, metric="l2", estimator="ste", mask=None, cha
     )
 
 
-def _rotated(x: Tensor, e: Tensor) -> Tensor:
+def rotated(x: Tensor, e: Tensor) -> Tensor:
     """The rotation and rescaling that carry x to e, as a linear map of x."""
     fixed = x.detach()
     norm_x, norm_e = fixed.norm(dim=-1, keepdim=True), e.norm(dim=-1, keepdim=True)
