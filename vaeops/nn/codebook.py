@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..ops import vq
 from ..ops.vq.quantize import fixed_point_sums, from_fixed_point, row_absmax, statistics
-from ..ops.vq.update import vq_ema_, vq_expire_
 from .processes import all_reduce, spread, world
 
 CANDIDATES = 1024  # dead codes revived in one step, at most: bounds the rows that processes exchange
@@ -200,19 +199,17 @@ class Codebook(nn.Module):
 
     def apply_statistics(self, counts: Tensor, sums: Tensor) -> None:
         """One step of the averages, and of an averaged codebook; nothing where no row was counted."""
-        for size, average, code, n, total in zip(self.cluster_size, self.embed_avg, self.embed, counts, sums):
-            some = n.sum() > 0
-            n, total = torch.where(some, n, size), torch.where(some, total, average)
-            moved = code.detach().clone()
-            vq_ema_(size, average, moved, n, total, decay=self.decay, eps=self.eps)
-            if self.ema:
-                code.copy_(torch.where(some, self.normalized(moved), code))
+        embed = self.embed if self.ema else self.embed.detach().clone()
+        vq.vq_ema_(self.cluster_size, self.embed_avg, embed, counts, sums, decay=self.decay, eps=self.eps)
+        if self.ema and self.normalize:
+            moved = (counts > 0).any(1)[:, None, None]
+            self.embed.copy_(torch.where(moved, self.normalized(self.embed), self.embed))
 
     def revive(self, candidates: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Dead codes become rows of the batch: for each codebook rows [R, D] and whether each is usable [R]."""
         states = zip(self.cluster_size, self.embed_avg, self.embed, self.seeds())
         for (size, average, code, seed), (x, usable) in zip(states, candidates):
-            vq_expire_(size, average, code, x, mask=usable, threshold=self.revive_below, seed=seed)
+            vq.vq_expire_(size, average, code, x, mask=usable, threshold=self.revive_below, seed=seed)
 
     def seeds(self) -> Tensor:
         """int64 [H, 2], from the state: the same in every process and in a run that resumes."""

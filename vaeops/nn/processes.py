@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import rng
+from ..ops.vq.quantize import finite_rows
 
 
 def world(sync: bool) -> tuple[int, int]:
@@ -41,7 +42,7 @@ def spread(xs: Sequence[Tensor], indices: Sequence[Tensor], seeds: Sequence[Tens
         For each x (rows [slots, D], usable [slots]): this process's rows, zeros where another one has the row,
         so that the sum over the processes has them all; usable is False where there are too few rows.
     """
-    used = [((i >= 0) & x.sum(-1, dtype=torch.float32).isfinite()).flatten() for x, i in zip(xs, indices)]
+    used = [((i >= 0) & finite_rows(x)).flatten() for x, i in zip(xs, indices)]
     here = torch.stack([u.sum() for u in used])
     counts = here.unsqueeze(0)
     if processes > 1:
