@@ -7,3 +7,5 @@ from .latent import (
     PosteriorMonitor as PosteriorMonitor,
 )
 from .quantize import VectorQuantize as VectorQuantize
+from .residual import GroupedResidualVQ as GroupedResidualVQ, ResidualVQ as ResidualVQ
+from .scalar import FSQ as FSQ, LFQ as LFQ, SimVQ as SimVQ
