@@ -266,7 +266,7 @@ class VectorQuantize(nn.Module):
             codes, kept = codes[:, drawn], kept[drawn]
         codes = codes * kept.unsqueeze(-1)
         gram = codes.mT @ codes
-        n = kept.sum()
+        n = kept.sum().to(codes.dtype)
         return gram.square().sum() / (heads * n**2) - 1 / n
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
