@@ -19,7 +19,7 @@ class EuclideanCodebook(Codebook):
         threshold_ema_dead_code: a code whose average count falls below it becomes a row of the batch; 0: none.
 
     Shapes: x [*R, D] -> (quantize [*R, D], indices [*R]); the output has no gradient, as with the peer.
-    State: inited fp32 [1], cluster_size [K], embed [K, D], embed_avg [K, D].
+    State: inited [1], a float, cluster_size [K], embed [K, D], embed_avg [K, D].
 
     Where it differs from the peer, on purpose:
         - Indices are exact; averages stay fp32 in a .half() or .bfloat16() module; a row with NaN or Inf touches
@@ -60,7 +60,7 @@ class EuclideanCodebook(Codebook):
     quantize, dequantize = encode, decode
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "inited"] = self.initted.to(torch.float32).view(1)
+        destination[prefix + "inited"] = self.initted.to(self.cluster_size.dtype).view(1)
         for name in ("cluster_size", "embed", "embed_avg"):
             buffer = getattr(self, name)[0]
             destination[prefix + name] = buffer if keep_vars else buffer.detach()
