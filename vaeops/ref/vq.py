@@ -216,6 +216,7 @@ def vq_gather_bwd(
     which falls back to gq where |x|, |e| or |u + v| < 1e-6.
     Source of the rotation: Fifty et al., "Restructuring Vector Quantization with the Rotation Trick", 2024.
     """
+    _check_indices(indices, codebook.shape[0])
     dtype = compute_dtype(x, codebook)
     v = x.to(dtype)
     e = codebook[indices.clamp(min=0).long()].to(dtype)
