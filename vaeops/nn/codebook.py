@@ -99,14 +99,14 @@ class Codebook(nn.Module):
         """
         if not updates:
             return self.embed.unbind(0)
-        if recomputing() and self._looked_up is not None:
-            if not self.embed.requires_grad:
-                return self._looked_up.unbind(0)
-            return torch.where(self.embed == self._looked_up, self.embed, self._looked_up).unbind(0)
         # Backward reads the codebook that the lookup used, after the update has changed `embed`.
-        table = self.embed.clone()
-        if not torch.compiler.is_compiling():
-            self._looked_up = table.detach()
+        table = self._looked_up if recomputing() else None
+        if table is None:
+            table = self.embed.detach().clone()
+            if not torch.compiler.is_compiling():
+                self._looked_up = table
+        if self.embed.requires_grad:
+            table = torch.where(self.embed == table, self.embed, table)
         return table.unbind(0)
 
     @torch.no_grad()
