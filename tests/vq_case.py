@@ -7,6 +7,7 @@ and scores those by the definition, a fused multiply-add chain. For fp64 inputs 
 import ctypes
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +40,8 @@ def _canonical(x: Tensor, e: Tensor, metric: str, fused: bool) -> Tensor:
     if metric == "dot":
         return -t
     h = _chain(e, e, fused)
-    return 0.5 * h - t if metric == "l2" else -t / h.sqrt()
+    # NumPy's root is correctly rounded; torch's is not.
+    return 0.5 * h - t if metric == "l2" else -t / torch.from_numpy(np.sqrt(h.numpy()))
 
 
 def scores(x: Tensor, codebook: Tensor, metric: str = "l2") -> Tensor:
