@@ -11,14 +11,13 @@ import torch.distributed as dist
 from torch import nn
 
 from vaeops.compat import audiocraft, lucidrains
-from vaeops.nn import GroupedResidualVQ, ResidualVQ, VectorQuantize
+from vaeops.nn import GroupedResidualVQ, ResidualVQ, VectorQuantize, update_codebooks
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo"
 )
 WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
 STEPS, DIM = 4, 4
-ROWS = {1: [[60, 41, 7, 30]], 2: [[60, 0, 3, 30], [0, 41, 4, 0]]}  # [split][rank][step]
 
 
 def shares(world, step):
@@ -44,15 +43,13 @@ class Two(nn.Module):
 
     def __init__(self, **options):
         super().__init__()
-        self.a, self.b = VectorQuantize(DIM, 8, accumulate=True, **options), VectorQuantize(DIM, 6, accumulate=True, **options)
+        self.a, self.b = (
+            VectorQuantize(DIM, 8, accumulate=True, **options),
+            VectorQuantize(DIM, 6, accumulate=True, **options),
+        )
 
     def forward(self, x, mask):
         return self.b(self.a(x, mask).quantized, mask)
-
-    def update(self):
-        from vaeops.nn import update_codebooks
-
-        update_codebooks(self)
 
 
 LAYERS = {
@@ -73,45 +70,53 @@ def make(name, mode):
     return LAYERS[name](deterministic=mode)
 
 
-def run(layer, world, rank):
+def run(layer, world, rank, call=None):
     """The layer's state after each step; every rank takes its share of the joined batch."""
-    history, reduced = [], []
+    history = []
     for step in range(STEPS):
         x, mask = batch(step)
         first = sum(shares(world, step)[:rank])
         part = slice(first, first + shares(world, step)[rank])
-        layer(x[part], mask[part])
+        (layer if call is None else call)(x[part], mask[part])
         if isinstance(layer, Two):
-            layer.update()
+            update_codebooks(layer)
         history.append({k: v.clone() for k, v in layer.state_dict().items()})
     return history
 
 
-def count_all_reduces():
-    counted, original = [], dist.all_reduce
+def run_compiled(layer, world, rank):
+    """Collectives are in the graph: fullgraph raises at a break."""
+    torch._dynamo.reset()
+    call = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    return run(layer, world, rank, call)
 
-    def all_reduce(tensor, op=dist.ReduceOp.SUM, **options):
+
+def counting(counted, all_reduce):
+    def counts(tensor, op=dist.ReduceOp.SUM, **options):
         counted.append((tensor.dtype, tensor.numel(), op))
-        return original(tensor, op, **options)
+        return all_reduce(tensor, op, **options)
 
-    dist.all_reduce = all_reduce
-    return counted
+    return counts
 
 
 def worker(rank, world, path):
-    """One process: every layer in both modes, then what else needs several processes. Results go to a file."""
+    """One process: every layer in both modes, then what else needs several. Results go to a file."""
     dist.init_process_group("gloo", init_method=f"file://{path}/rendezvous", world_size=world, rank=rank)
     torch.set_num_threads(1)
-    counted, results = count_all_reduces(), {}
+    counted, results, all_reduce = [], {}, dist.all_reduce
+    dist.all_reduce = counting(counted, all_reduce)
     for name in LAYERS:
         for mode in (None, "bitwise"):
             counted.clear()
             results[name, mode] = run(make(name, mode), world, rank)
             results[name, mode, "reduces"] = list(counted)
+    dist.all_reduce = all_reduce
     results["ddp"] = data_parallel(world, rank)
-    results["compiled"] = run(torch.compile(make("ema", "bitwise"), backend="eager")._orig_mod, world, rank)
+    results["compiled"] = run_compiled(make("revive", "bitwise"), world, rank)
     results["lucidrains"] = others(lucidrains.VectorQuantize(DIM, 8, threshold_ema_dead_code=1), rank)
-    results["lucidrains residual"] = others(lucidrains.ResidualVQ(dim=DIM, num_quantizers=2, codebook_size=8), rank)
+    results["lucidrains residual"] = others(
+        lucidrains.ResidualVQ(dim=DIM, num_quantizers=2, codebook_size=8), rank
+    )
     results["local"] = others(lucidrains.VectorQuantize(DIM, 8, sync_codebook=False), rank)
     results["audiocraft"] = others(audiocraft.EuclideanCodebook(DIM, 8, kmeans_init=True), rank)
     torch.save(results, f"{path}/{rank}.pt")
@@ -148,10 +153,19 @@ def data_parallel(world, rank):
 def results(request, tmp_path_factory):
     path, world = tmp_path_factory.mktemp("ranks"), request.param
     here = Path(__file__).resolve()
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent.parent), str(here.parent)]), "OMP_NUM_THREADS": "1"}
-    code = "import sys, test_distributed; test_distributed.worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])"
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(here.parent.parent), str(here.parent)]),
+        "OMP_NUM_THREADS": "1",
+    }
+    code = "import sys, test_distributed as t; t.worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])"
     ranks = [
-        subprocess.Popen([sys.executable, "-c", code, str(r), str(world), str(path)], env=env, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(r), str(world), str(path)],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for r in range(world)
     ]
     errors = [r.communicate(timeout=240)[1] for r in ranks]
@@ -168,8 +182,8 @@ def assert_equal(a, b):
 @pytest.mark.parametrize("mode", [None, "bitwise"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_process_has_the_same_codebook_and_it_is_that_of_one_process(results, name, mode):
-    """Bit for bit between processes; against one process bit for bit in bitwise mode, else within rounding."""
-    world, ranks = results
+    """Bit for bit between processes; against one alone bit for bit in bitwise mode, else up to rounding."""
+    _, ranks = results
     alone = run(make(name, mode), 1, 0)
     for step in range(STEPS):
         for rank in ranks[1:]:
@@ -194,6 +208,12 @@ def test_one_flat_all_reduce_a_step(results):
             flat = [(d, n) for d, n, op in calls if op == dist.ReduceOp.SUM]
             assert flat == [(dtype, sizes)] * STEPS
     assert len(ranks[0]["revive", None, "reduces"]) == 2 * STEPS
+
+
+def test_collectives_compile(results):
+    _, ranks = results
+    for rank in ranks:
+        assert_equal(rank["compiled"][-1], rank["revive", "bitwise"][-1])
 
 
 @pytest.mark.parametrize("name", ["ddp", "lucidrains", "lucidrains residual", "audiocraft"])

@@ -38,7 +38,10 @@ def objective(out):
 
 
 def test_a_call_is_vector_quantize_then_one_ema_step():
-    layer, x = VectorQuantize(4, 8, decay=0.9, estimator="rotation"), torch.randn(2, 20, 4, requires_grad=True)
+    layer, x = (
+        VectorQuantize(4, 8, decay=0.9, estimator="rotation"),
+        torch.randn(2, 20, 4, requires_grad=True),
+    )
     before = copy.deepcopy(layer)
     out = layer(x)
     expected = vaeops.vector_quantize(x, before.codebook, estimator="rotation", stats=True)
@@ -74,7 +77,10 @@ def test_a_learned_codebook_gets_its_gradient():
 def test_heads_are_quantized_alone():
     x = torch.randn(2, 20, 6, requires_grad=True)
     parts = x.detach().unflatten(-1, (2, 3))
-    shared, separate = VectorQuantize(6, 8, heads=2), VectorQuantize(6, 8, heads=2, separate_codebook_per_head=True)
+    shared, separate = (
+        VectorQuantize(6, 8, heads=2),
+        VectorQuantize(6, 8, heads=2, separate_codebook_per_head=True),
+    )
     assert shared.codebook.shape == (8, 3) and separate.codebook.shape == (2, 8, 3)
     for layer, books in ((shared, [shared.codebook.clone()] * 2), (separate, separate.codebook.clone())):
         out = layer(x)
@@ -94,28 +100,38 @@ def test_cosine_is_of_directions():
         fresh = copy.deepcopy(layer)
         out = fresh(x * scale)
         assert torch.equal(out.indices, vaeops.vq_assign(x, codes, metric="cosine"))
-        torch.testing.assert_close(out.commit_loss, (F.normalize(x, dim=-1) - codes[out.indices]).square().mean())
+        torch.testing.assert_close(
+            out.commit_loss, (F.normalize(x, dim=-1) - codes[out.indices]).square().mean()
+        )
         torch.testing.assert_close(fresh.codebook.norm(dim=1), torch.ones(8))
 
 
 @pytest.mark.parametrize("options", [{}, {"codebook_dim": 3}, {"heads": 2, "codebook_dim": 3},
-                                     {"heads": 2, "separate_codebook_per_head": True}, {"metric": "cosine"}], ids=str)  # fmt: skip
+                                     {"heads": 2, "separate_codebook_per_head": True},
+                                     {"metric": "cosine"}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("channel_dim", [-1, 1])
 def test_masks_and_decoding(options, channel_dim):
     layer = VectorQuantize(4, 8, channel_dim=channel_dim, **options)
     x, mask = torch.randn(2, 9, 4), torch.rand(2, 9) < 0.6
     given = x.movedim(-1, channel_dim).requires_grad_()
     packed = copy.deepcopy(layer)
-    out, dense = layer(given, mask), packed(x[mask].movedim(-1, channel_dim % 2) if channel_dim < 0 else x[mask][..., None])
+    out, dense = (
+        layer(given, mask),
+        packed(x[mask].movedim(-1, channel_dim % 2) if channel_dim < 0 else x[mask][..., None]),
+    )
     quantized = out.quantized.movedim(channel_dim, -1)
-    assert out.quantized.shape == given.shape and not quantized[~mask].any() and (out.indices[~mask] == -1).all()
+    assert (
+        out.quantized.shape == given.shape and not quantized[~mask].any() and (out.indices[~mask] == -1).all()
+    )
     torch.testing.assert_close(out.commit_loss, dense.commit_loss)
     torch.testing.assert_close(state(layer), state(packed))
     assert not torch.autograd.grad(objective(out), given)[0].movedim(channel_dim, -1)[~mask].any()
     layer.eval()
     out = layer(given, mask)
     torch.testing.assert_close(layer.get_output_from_indices(out.indices), out.quantized)
-    assert layer.get_codes_from_indices(out.indices).shape[channel_dim] == layer.codebook.shape[-1] * layer.heads
+    assert (
+        layer.get_codes_from_indices(out.indices).shape[channel_dim] == layer.codebook.shape[-1] * layer.heads
+    )
 
 
 def test_lens_are_masks():
@@ -125,7 +141,9 @@ def test_lens_are_masks():
     assert torch.equal(out.indices, same.indices) and torch.equal(out.commit_loss, same.commit_loss)
 
 
-@pytest.mark.parametrize("mode", [{}, {"kmeans_init": True}, {"revive_below": 1.0}, {"deterministic": "bitwise"}], ids=str)
+@pytest.mark.parametrize(
+    "mode", [{}, {"kmeans_init": True}, {"revive_below": 1.0}, {"deterministic": "bitwise"}], ids=str
+)
 def test_empty_and_masked_batches_move_nothing(mode):
     layer = VectorQuantize(4, 8, **mode)
     layer._codebook.started = True
@@ -280,8 +298,9 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("options", [{}, {"kmeans_init": True}, {"ema": False}, {"ema": False, "revive_below": 0.9},
-                                     {"deterministic": "bitwise", "revive_below": 0.9}, {"accumulate": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("options", [{}, {"kmeans_init": True}, {"ema": False}, {"accumulate": True},
+                                     {"ema": False, "revive_below": 0.9},
+                                     {"deterministic": "bitwise", "revive_below": 0.9}], ids=str)  # fmt: skip
 def test_checkpointing_counts_once_and_gives_the_same_gradients(reentrant, options):
     plain = Block(**options)
     kept = copy.deepcopy(plain)
@@ -359,7 +378,9 @@ def test_residual_layer_is_residual_vq(options):
     torch.testing.assert_close(*(torch.autograd.grad(objective(o), x)[0] for o in (out, expected)))
     layer.eval()
     fewer = layer(x, mask, levels=2)
-    expected = vaeops.residual_vq(x, torch.stack([level.codebook for level in layer.layers[:2]]), mask=mask, **options)
+    expected = vaeops.residual_vq(
+        x, torch.stack([level.codebook for level in layer.layers[:2]]), mask=mask, **options
+    )
     assert torch.equal(fewer.indices, expected.indices)
     torch.testing.assert_close(layer.get_output_from_indices(fewer.indices), fewer.quantized)
 
@@ -392,7 +413,9 @@ def test_grouped_residual_is_one_residual_a_group():
         expected = each[g](part.movedim(1, -1))
         assert torch.equal(out.indices[..., g, :], expected.indices)
         assert torch.equal(out.quantized.chunk(2, 1)[g].movedim(1, -1), expected.quantized)
-        assert torch.equal(out.commit_loss[g], expected.commit_loss) and torch.equal(out.counts[g], expected.counts)
+        assert torch.equal(out.commit_loss[g], expected.commit_loss) and torch.equal(
+            out.counts[g], expected.counts
+        )
     assert_same_state(state(layer.rvqs), state(each), rtol=0, atol=0)
     layer.eval()
     out = layer(x)
@@ -517,10 +540,12 @@ def test_no_call_waits_for_the_device():
         (ValueError, "metric must be one of .* got 'dot'", lambda: VectorQuantize(4, 8, metric="dot")),
         (ValueError, "deterministic must be", lambda: VectorQuantize(4, 8, deterministic="yes")),
         (ValueError, "dim 5 must be a multiple of heads", lambda: VectorQuantize(5, 8, heads=2)),
-        (ValueError, "estimator must be one of", lambda: VectorQuantize(4, 8, estimator="x")(torch.zeros(1, 4))),
+        (ValueError, "estimator must be one of",
+         lambda: VectorQuantize(4, 8, estimator="x")(torch.zeros(1, 4))),
         (ValueError, "mask or lens, not both",
          lambda: VectorQuantize(4, 8)(torch.zeros(1, 1, 4), torch.ones(1, 1).bool(), torch.ones(1))),
-        (ValueError, r"lens must be \[B\]", lambda: VectorQuantize(4, 8)(torch.zeros(2, 4), lens=torch.ones(2))),
+        (ValueError, r"lens must be \[B\]",
+         lambda: VectorQuantize(4, 8)(torch.zeros(2, 4), lens=torch.ones(2))),
         (ValueError, "mask must have x's shape",
          lambda: VectorQuantize(4, 8)(torch.zeros(2, 4), torch.ones(3).bool())),
         (TypeError, "num_quantizers is needed", lambda: ResidualVQ(4, 8)),

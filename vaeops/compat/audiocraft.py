@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..nn.codebook import Codebook, learn, recomputing
@@ -16,14 +15,15 @@ class EuclideanCodebook(Codebook):
         dim, codebook_size: D, K.
         kmeans_init, kmeans_iters: the first batch starts the codebook.
         decay, epsilon: of the averages.
-        threshold_ema_dead_code: a code whose average count falls below it becomes a row of the batch; 0: none.
+        threshold_ema_dead_code: a code whose average count falls below it becomes a row of the batch; 0:
+            none does.
 
     Shapes: x [*R, D] -> (quantize [*R, D], indices [*R]); the output has no gradient, as with the peer.
     State: inited [1], a float, cluster_size [K], embed [K, D], embed_avg [K, D].
 
     Where it differs from the peer, on purpose:
-        - Indices are exact; averages stay fp32 in a .half() or .bfloat16() module; a row with NaN or Inf touches
-          nothing.
+        - Indices are exact; averages stay fp32 in a .half() or .bfloat16() module; a row with NaN or Inf
+          touches nothing.
         - Dead codes are replaced after the averages moved, and the averages with them. The peer replaces them
           before, and the same step overwrites the replacement with the stale average.
         - After the k-means start, embed_avg is the sum of a cluster's rows. The peer takes their mean, so the
@@ -33,7 +33,8 @@ class EuclideanCodebook(Codebook):
     """
 
     def __init__(self, dim: int, codebook_size: int, kmeans_init: bool = False, kmeans_iters: int = 10,
-                 decay: float = 0.99, epsilon: float = 1e-5, threshold_ema_dead_code: float = 2) -> None:  # fmt: skip
+                 decay: float = 0.99, epsilon: float = 1e-5,
+                 threshold_ema_dead_code: float = 2) -> None:  # fmt: skip
         super().__init__(dim, codebook_size, decay=decay, eps=epsilon, kmeans_init=kmeans_init,
                          kmeans_iters=kmeans_iters, revive_below=threshold_ema_dead_code)  # fmt: skip
         self.codebook_size = codebook_size

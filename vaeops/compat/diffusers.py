@@ -1,4 +1,4 @@
-"""`DiagonalGaussianDistribution` and `VectorQuantizer` of `diffusers.models.autoencoders.vae` over fused ops."""
+"""`DiagonalGaussianDistribution` and `VectorQuantizer` of diffusers' autoencoders over the fused ops."""
 
 from collections.abc import Sequence
 
@@ -128,13 +128,10 @@ class DiagonalGaussianDistribution:
 
 
 class VectorQuantizer(VectorQuantizer2):
-    """diffusers' name for taming's `VectorQuantizer2`, whose e_dim is called vq_embed_dim; the rest as there."""
+    """diffusers' name for taming's `VectorQuantizer2`, with e_dim called vq_embed_dim; the rest as there."""
 
     def __init__(self, n_e: int, vq_embed_dim: int, beta: float, remap: str | None = None,
                  unknown_index: str | int = "random", sane_index_shape: bool = False,
                  legacy: bool = True) -> None:  # fmt: skip
         super().__init__(n_e, vq_embed_dim, beta, remap, unknown_index, sane_index_shape, legacy)
         self.vq_embed_dim = vq_embed_dim
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
-        return super().forward(z)

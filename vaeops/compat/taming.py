@@ -10,8 +10,8 @@ class VectorQuantizer2(nn.Module):
     """VQGAN's quantizer: codes learned by gradient, indices that can be renumbered to those in use.
 
         loss = commit + beta * codebook (legacy), or beta * commit + codebook
-    where both are the mean of (z - e)^2, commit with its gradient to z, codebook with that to the codes. Legacy
-    has beta on the term that it was not meant for, and is what checkpoints were trained with.
+    where both are the mean of (z - e)^2, commit with its gradient to z, codebook with that to the codes.
+    Legacy has beta on the term that it was not meant for, and is what checkpoints were trained with.
 
     Args:
         n_e, e_dim, beta: K, D, the weight in the loss.
@@ -22,8 +22,8 @@ class VectorQuantizer2(nn.Module):
         legacy: as above.
 
     Returns:
-        (z_q, loss, (None, None, indices)) for z [B, D, H, W]; any number of dims after D will do. indices [N],
-        [N, 1] with remap, or [B, H, W].
+        (z_q, loss, (None, None, indices)) for z [B, D, H, W]; any number of dims after D will do. indices
+        [N], [N, 1] with remap, or [B, H, W].
 
     State: `embedding.weight`, and `used` with remap.
 
@@ -55,7 +55,8 @@ class VectorQuantizer2(nn.Module):
                 self.re_embed += 1
             elif unknown_index != "random" and not isinstance(unknown_index, int):
                 raise ValueError(
-                    f"{type(self).__name__}: unknown_index must be 'random', 'extra' or an int, got {unknown_index!r}"
+                    f"{type(self).__name__}: unknown_index must be 'random', 'extra' or an int, "
+                    f"got {unknown_index!r}"
                 )
         self.unknown_index = unknown_index
 
@@ -78,11 +79,11 @@ class VectorQuantizer2(nn.Module):
 
     def forward(self, z: Tensor, temp: float | None = None, rescale_logits: bool = False,
                 return_logits: bool = False) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:  # fmt: skip
-        """temp, rescale_logits, return_logits: of the peer's Gumbel interface; only what means nothing is taken."""
+        """temp, rescale_logits, return_logits: of taming's Gumbel interface, only their defaults."""
         if temp not in (None, 1.0) or rescale_logits or return_logits:
             raise ValueError(
-                f"{type(self).__name__}: temp must be None or 1.0, rescale_logits and return_logits False, got "
-                f"{temp!r}, {rescale_logits!r}, {return_logits!r}"
+                f"{type(self).__name__}: temp must be None or 1.0, rescale_logits and return_logits False, "
+                f"got {temp!r}, {rescale_logits!r}, {return_logits!r}"
             )
         z_q, found, commit, codebook, _, _ = vector_quantize(z, self.embedding.weight, channel_dim=1)
         loss = commit + self.beta * codebook if self.legacy else self.beta * commit + codebook

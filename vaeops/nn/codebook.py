@@ -47,7 +47,8 @@ class Codebook(nn.Module):
 
     def __init__(self, dim: int, size: int, *, heads: int = 1, ema: bool = True, normalize: bool = False,
                  decay: float = 0.99, eps: float = 1e-5, kmeans_init: bool = False, kmeans_iters: int = 10,
-                 revive_below: float = 0.0, deterministic: str | None = None, sync: bool = True) -> None:  # fmt: skip
+                 revive_below: float = 0.0, deterministic: str | None = None,
+                 sync: bool = True) -> None:  # fmt: skip
         super().__init__()
         self.ema, self.normalize, self.decay, self.eps = ema, normalize, decay, eps
         self.kmeans_iters, self.revive_below = kmeans_iters, revive_below
@@ -119,7 +120,7 @@ class Codebook(nn.Module):
         processes, rank = world(self.sync)
         zeros = (torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device) for x in xs)
         indices = [i if m is None else i.masked_fill(~m, -1) for i, m in zip(zeros, masks)]
-        samples = spread(xs, indices, self.seeds(), self.embed.shape[1], processes, rank)
+        samples = spread(xs, indices, self.seeds().unbind(0), self.embed.shape[1], processes, rank)
         rows = all_reduce([r.to(self.embed.dtype) for r, _ in samples], processes)
         usable = torch.stack([u for _, u in samples])
         embed = torch.where(usable.unsqueeze(-1), torch.stack(rows), self.embed)
@@ -174,7 +175,7 @@ class Codebook(nn.Module):
         return largest
 
     def take(self, absmax: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(counts [H, K], sums [H, K, D]) since the last update, int64 with absmax; they are forgotten here."""
+        """(counts [H, K], sums [H, K, D]) since the last update, now forgotten; int64 with absmax."""
         heads, codes, dim = self.embed.shape
         if absmax is not None:
             for xs, indices in self._seen:
@@ -206,7 +207,7 @@ class Codebook(nn.Module):
             self.embed.copy_(torch.where(moved, self.normalized(self.embed), self.embed))
 
     def revive(self, candidates: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Dead codes become rows of the batch: for each codebook rows [R, D] and whether each is usable [R]."""
+        """Dead codes become rows of the batch. For each codebook: rows [R, D], which are usable [R]."""
         states = zip(self.cluster_size, self.embed_avg, self.embed, self.seeds())
         for (size, average, code, seed), (x, usable) in zip(states, candidates):
             vq.vq_expire_(size, average, code, x, mask=usable, threshold=self.revive_below, seed=seed)
@@ -255,8 +256,9 @@ def learn(books: Sequence[Codebook]) -> None:
 
 def joined(books: Sequence[Codebook], rows: Sequence[Tensor],
            processes: int) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:  # fmt: skip
-    """(counts [H, K], sums [H, K, D]) of each book over all processes, and the rows (see `spread`) with them."""
-    scales = iter(all_reduce([b.absmax() for b in books if b.bitwise], processes, largest=True))
+    """(counts [H, K], sums [H, K, D]) of each book, and the rows of `spread`, over all processes."""
+    largest = [b.absmax() for b in books]
+    scales = iter(all_reduce([a for a in largest if a is not None], processes, largest=True))
     scale = [next(scales) if b.bitwise else None for b in books]
     counts, sums = zip(*(b.take(a) for b, a in zip(books, scale)))
     as_bits = any(b.bitwise for b in books)

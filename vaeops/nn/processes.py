@@ -1,4 +1,4 @@
-"""What data-parallel processes tell each other so that their codebooks stay equal. One process asks nobody."""
+"""What data-parallel processes tell each other to keep their codebooks equal. One alone asks nobody."""
 
 from collections.abc import Sequence
 
@@ -39,8 +39,8 @@ def spread(xs: Sequence[Tensor], indices: Sequence[Tensor], seeds: Sequence[Tens
     one row is drawn from each: the choice depends on the joined batch and the seed, not on how it is split.
 
     Returns:
-        For each x (rows [slots, D], usable [slots]): this process's rows, zeros where another one has the row,
-        so that the sum over the processes has them all; usable is False where there are too few rows.
+        For each x (rows [slots, D], usable [slots]): this process's rows, zeros where another one has the
+        row, so that the sum over the processes has them all; usable is False where there are too few rows.
     """
     used = [((i >= 0) & finite_rows(x)).flatten() for x, i in zip(xs, indices)]
     here = torch.stack([u.sum() for u in used])

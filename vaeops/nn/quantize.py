@@ -20,7 +20,9 @@ def mask_of(op: str, rows: torch.Size, mask: Tensor | None, lens: Tensor | None)
     if mask is not None:
         raise ValueError(f"{op}: give mask or lens, not both")
     if len(rows) != 2 or lens.shape != rows[:1]:
-        raise ValueError(f"{op}: lens must be [B] for sequences [B, T], got {list(lens.shape)} for {list(rows)}")
+        raise ValueError(
+            f"{op}: lens must be [B] for sequences [B, T], got {list(lens.shape)} for {list(rows)}"
+        )
     return torch.arange(rows[1], device=lens.device) < lens.unsqueeze(1)
 
 
@@ -48,11 +50,12 @@ class VectorQuantize(nn.Module):
         kmeans_init, kmeans_iters: the first batch in training starts the codebook by k-means.
         revive_below: a code whose average count falls below it becomes a row of the batch; 0: none does.
         estimator, precision, impl: as in `vaeops.vector_quantize`.
-        deterministic: "bitwise": the same codebook for any split of the rows over processes and micro-batches.
+        deterministic: "bitwise": the same codebook for any split of the rows over processes and
+            micro-batches.
         channel_dim: where x has its channels, say 1 for [B, dim, H, W].
         freeze: the codebook stays as it is, in training too. An attribute that may be set later.
-        accumulate: a call only collects; `update()`, once an optimizer step, moves the codebook by all the rows
-            since the last one: N micro-batches make the update of the big batch.
+        accumulate: a call only collects; `update()`, once an optimizer step, moves the codebook by all the
+            rows since the last one: N micro-batches make the update of the big batch.
 
     Shapes: x [*R, dim] -> VQOutput: quantized as x; indices [*R], or [*R, heads]; losses []; counts [K] and
     sums [K, D] (with a codebook per head [heads, K], [heads, K, D]) of this process's rows in training, else
@@ -63,9 +66,9 @@ class VectorQuantize(nn.Module):
 
     Processes of torch.distributed's default group join their statistics; each must call the layer equally
     often, if with no rows. Their codebooks stay bit-identical when they started equal.
-    Checkpointing: a forward that runs again in backward neither counts again nor sees the moved codebook; where a
-    layer runs several times before one backward this needs accumulate=True, and inside a compiled function
-    checkpointing around this layer is not taken note of.
+    Checkpointing: a forward that runs again in backward neither counts again nor sees the moved codebook.
+    Where a layer runs several times before one backward this needs accumulate=True; and a compiled function
+    does not notice that it runs again, so there the checkpoint goes inside, around other layers.
     """
 
     def __init__(self, dim: int, codebook_size: int, *, codebook_dim: int | None = None, heads: int = 1,
@@ -82,7 +85,9 @@ class VectorQuantize(nn.Module):
                 raise ValueError(f"VectorQuantize: dim {dim} must be a multiple of heads, got {heads}")
             codebook_dim = dim // heads
         if deterministic not in (None, "bitwise"):
-            raise ValueError(f"VectorQuantize: deterministic must be None or 'bitwise', got {deterministic!r}")
+            raise ValueError(
+                f"VectorQuantize: deterministic must be None or 'bitwise', got {deterministic!r}"
+            )
         inner = codebook_dim * heads
         self.project_in = nn.Linear(dim, inner) if inner != dim else nn.Identity()
         self.project_out = nn.Linear(inner, dim) if inner != dim else nn.Identity()
@@ -107,7 +112,7 @@ class VectorQuantize(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, lens: Tensor | None = None, *,
                 stats: bool = False) -> VQOutput:  # fmt: skip
-        """mask: bool [*R], True = use. lens: int [B] instead, for x [B, T, dim]. stats: counts and sums in eval."""
+        """mask: bool [*R], True = use; or lens: int [B] for x [B, T, dim]. stats: in eval too."""
         book = self._codebook
         x = x.movedim(self.channel_dim, -1)
         mask = mask_of("VectorQuantize", x.shape[:-1], mask, lens)
@@ -187,6 +192,6 @@ class VectorQuantize(nn.Module):
     def extra_repr(self) -> str:
         book = self._codebook
         heads, codes, dim = book.embed.shape
-        options = {**self.options, "heads": self.heads, "decay": book.decay if book.ema else None,
-                   "channel_dim": self.channel_dim, "freeze": self.freeze, "accumulate": self.accumulate}  # fmt: skip
+        options = {**self.options, "ema": book.ema, "decay": book.decay, "channel_dim": self.channel_dim,
+                   "freeze": self.freeze, "accumulate": self.accumulate}  # fmt: skip
         return f"{heads} x {codes} x {dim}, " + ", ".join(f"{k}={v!r}" for k, v in options.items())

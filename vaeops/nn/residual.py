@@ -1,5 +1,6 @@
 """Residual quantizers as layers: a chain of codebooks, each for what those before it left over."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,8 +34,10 @@ class ResidualVQ(nn.Module):
     State: `layers.<i>._codebook` as in `VectorQuantize`; `project_in`, `project_out` where there are any.
     """
 
-    def __init__(self, dim: int, codebook_size: int | list[int] | tuple[int, ...], num_quantizers: int | None = None,
-                 *, codebook_dim: int | None = None, shared_codebook: bool = False, estimator: str = "ste",
+    layers: Sequence[VectorQuantize]
+
+    def __init__(self, dim: int, codebook_size: int | Sequence[int], num_quantizers: int | None = None, *,
+                 codebook_dim: int | None = None, shared_codebook: bool = False, estimator: str = "ste",
                  channel_dim: int = -1, accumulate: bool = False, **options: Any) -> None:  # fmt: skip
         super().__init__()
         if isinstance(codebook_size, int):
@@ -51,7 +54,9 @@ class ResidualVQ(nn.Module):
                 f"ResidualVQ: shared_codebook needs one codebook_size, got {list(codebook_size)}"
             )
         if "heads" in options:
-            raise TypeError("ResidualVQ: heads is no option of a level; GroupedResidualVQ splits the channels")
+            raise TypeError(
+                "ResidualVQ: heads is no option of a level; GroupedResidualVQ splits the channels"
+            )
         inner = dim if codebook_dim is None else codebook_dim
         self.project_in = nn.Linear(dim, inner) if inner != dim else nn.Identity()
         self.project_out = nn.Linear(inner, dim) if inner != dim else nn.Identity()
@@ -62,7 +67,7 @@ class ResidualVQ(nn.Module):
             layer.deferred = True
             if shared_codebook:
                 layer._codebook = layers[0]._codebook
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
 
     def forward(self, x: Tensor, mask: Tensor | None = None, lens: Tensor | None = None, *,
                 levels: int | None = None, stats: bool = False) -> VQOutput:  # fmt: skip
@@ -127,17 +132,18 @@ class GroupedResidualVQ(nn.Module):
     Source: Yang et al., "HiFi-Codec: Group-residual Vector Quantization", 2023.
     """
 
+    rvqs: Sequence[ResidualVQ]
+
     def __init__(self, dim: int, *args: Any, groups: int = 1, channel_dim: int = -1, accumulate: bool = False,
                  **options: Any) -> None:  # fmt: skip
         super().__init__()
         if dim % groups:
             raise ValueError(f"GroupedResidualVQ: dim {dim} must be a multiple of groups, got {groups}")
         self.groups, self.channel_dim, self.accumulate = groups, channel_dim, accumulate
-        self.rvqs = nn.ModuleList(
-            ResidualVQ(dim // groups, *args, accumulate=accumulate, **options) for _ in range(groups)
-        )
-        for rvq in self.rvqs:
+        rvqs = [ResidualVQ(dim // groups, *args, accumulate=accumulate, **options) for _ in range(groups)]
+        for rvq in rvqs:
             rvq.deferred = True
+        self.rvqs = nn.ModuleList(rvqs)  # type: ignore[assignment]
 
     def forward(self, x: Tensor, mask: Tensor | None = None, lens: Tensor | None = None, *,
                 levels: int | None = None, stats: bool = False) -> VQOutput:  # fmt: skip
@@ -170,4 +176,6 @@ class GroupedResidualVQ(nn.Module):
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """indices [*R, G, Q'] -> what the layer gave as `quantized`."""
         each = zip(self.rvqs, indices.unbind(-2))
-        return torch.cat([rvq.get_output_from_indices(i) for rvq, i in each], -1).movedim(-1, self.channel_dim)
+        return torch.cat([rvq.get_output_from_indices(i) for rvq, i in each], -1).movedim(
+            -1, self.channel_dim
+        )

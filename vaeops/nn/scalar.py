@@ -92,7 +92,9 @@ class LFQ(_Projected):
         commit = (h.to(wide) - quantized.detach()).square().mean() if h.numel() else h.sum().to(wide)
         return VQOutput(self._out(quantized), indices, commit, torch.zeros_like(commit).detach(), None, None)
 
-    def entropy(self, x: Tensor, *, temperature: float = 0.01, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def entropy(
+        self, x: Tensor, *, temperature: float = 0.01, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(sample_entropy [], avg_entropy []) of softmax(2 h.c / temperature) over the 2^D sign vectors c.
 
         As in `vaeops.vq_entropy`. That makes a codebook of 2^D x D: for D up to 18 or so.
@@ -133,7 +135,8 @@ class SimVQ(nn.Module):
     frozen_codebook: Tensor
 
     def __init__(self, dim: int, codebook_size: int, *, frozen_dim: int | None = None,
-                 transform: nn.Module | None = None, channel_dim: int = -1, **options: Any) -> None:  # fmt: skip
+                 transform: nn.Module | None = None, channel_dim: int = -1,
+                 **options: Any) -> None:  # fmt: skip
         super().__init__()
         frozen_dim = dim if frozen_dim is None else frozen_dim
         self.register_buffer("frozen_codebook", torch.randn(codebook_size, frozen_dim) * frozen_dim**-0.5)

@@ -13,10 +13,14 @@ from ...nn.processes import all_reduce, spread, world
 class Codebook(base.Codebook):
     """The codebook of a `VectorQuantize`, with the updates that the peer offers beyond vaeops'."""
 
-    def __init__(self, *args: Any, learnable: bool, manual: bool, bridge: nn.Module | None, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, learnable: bool, manual: bool, bridge: nn.Module | None, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
         if learnable and self.ema:  # a regularized codebook: averages move it, and its loss has a gradient
-            self.embed = nn.Parameter(self._buffers.pop("embed"))
+            embed = self.embed.detach()
+            del self.embed
+            self.embed = nn.Parameter(embed)
         self.manual = manual
         self.vq_bridge = bridge
         # How the coming update is made; the caller sets them.
@@ -56,6 +60,6 @@ class Codebook(base.Codebook):
             return
         processes, rank = world(self.sync)
         everywhere = [torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device) for x in xs]
-        samples = spread(xs, everywhere, self.seeds(), base.CANDIDATES, processes, rank)
+        samples = spread(xs, everywhere, self.seeds().unbind(0), base.CANDIDATES, processes, rank)
         rows = all_reduce([r for r, _ in samples], processes)
         self.revive([(r, usable) for r, (_, usable) in zip(rows, samples)])

@@ -13,7 +13,7 @@ from ...nn.quantize import mask_of
 from ...ops.vq import VQOutput, vector_quantize, vq_lookup
 from .codebook import Codebook
 
-# Arguments that would need an N x K array, or a second way to train a codebook, and the value that asks for nothing.
+# Arguments that would need an N x K array or one more way to train a codebook, and what asks for nothing.
 _REFUSED = {
     "commitment_use_cross_entropy_loss": False,
     "codebook_diversity_loss_weight": 0.0,
@@ -34,7 +34,9 @@ _REFUSED = {
 def refuse(op: str, taken: dict[str, Any], given: dict[str, Any]) -> None:
     for name, value in given.items():
         if value is not taken[name] and value != taken[name]:
-            raise ValueError(f"{op}: {name} must be {taken[name]!r}, vaeops has no such option; got {value!r}")
+            raise ValueError(
+                f"{op}: {name} must be {taken[name]!r}, vaeops has no such option; got {value!r}"
+            )
 
 
 class LossBreakdown(NamedTuple):
@@ -47,13 +49,13 @@ class LossBreakdown(NamedTuple):
 
 
 class VectorQuantize(nn.Module):
-    """`vector_quantize_pytorch.VectorQuantize`, version 1.32: its arguments, defaults, outputs and state_dict.
+    """`vector_quantize_pytorch.VectorQuantize` 1.32: its arguments, defaults, outputs and state_dict.
 
     Args:
         As the peer's. Those for which it builds a rows x codes array (commitment_use_cross_entropy_loss,
-        codebook_diversity_*, stochastic_sample_codes, sample_codebook_temp, straight_through), affine_param* and
-        in_place_codebook_optimizer with theirs, and sync_kmeans=False, raise; so do topk, indices,
-        sample_codebook_temp and codebook_transform_fn of the call.
+        codebook_diversity_*, stochastic_sample_codes, sample_codebook_temp, straight_through), affine_param*
+        and in_place_codebook_optimizer with theirs, and sync_kmeans=False, raise where they ask for
+        something; so do topk, indices, sample_codebook_temp and codebook_transform_fn of the call.
         sync_codebook: None or True joins the processes wherever there are several; False does not.
 
     Returns:
@@ -63,9 +65,9 @@ class VectorQuantize(nn.Module):
         - Indices are exact (`vaeops.vq_assign`), on equality the lowest; quantized is the code bit for bit.
         - Low precision: codebook and averages stay fp32 in a .half() or .bfloat16() module.
         - A row with NaN or Inf touches neither averages nor codes; the peer's whole codebook turns NaN.
-        - With a mask the commitment loss is that of the quantizer's own input, as without one: an all-True mask
-          changes nothing. The peer takes the layer's raw input: wrong for cosine, an error with a projection or
-          heads. A mask works for images too.
+        - With a mask the commitment loss is that of the quantizer's own input, as without one: an all-True
+          mask changes nothing. The peer takes the layer's raw input: wrong for cosine, an error with a
+          projection or heads. A mask works for images too.
         - A batch without a used row has loss 0 and moves nothing.
         - The rotation falls back to straight-through near x = 0, where the peer's gradient explodes.
         - k-means and revival draw other rows than the peer's generator would, with several codebooks and
@@ -76,9 +78,10 @@ class VectorQuantize(nn.Module):
     def __init__(self, dim: int, codebook_size: int, codebook_dim: int | None = None, heads: int = 1,
                  separate_codebook_per_head: bool = False, decay: float = 0.8, eps: float = 1e-5,
                  freeze_codebook: bool = False, kmeans_init: bool = False, kmeans_iters: int = 10,
-                 sync_kmeans: bool = True, use_cosine_sim: bool = False, layernorm_after_project_in: bool = False,
-                 threshold_ema_dead_code: float = 0, channel_last: bool = True, accept_image_fmap: bool = False,
-                 accept_3d_fmap: bool = False, commitment_weight: float = 1.0,
+                 sync_kmeans: bool = True, use_cosine_sim: bool = False,
+                 layernorm_after_project_in: bool = False, threshold_ema_dead_code: float = 0,
+                 channel_last: bool = True, accept_image_fmap: bool = False, accept_3d_fmap: bool = False,
+                 commitment_weight: float = 1.0,
                  commitment_use_cross_entropy_loss: bool = False, orthogonal_reg_weight: float = 0.0,
                  orthogonal_reg_active_codes_only: bool = False, orthogonal_reg_max_codes: int | None = None,
                  codebook_diversity_loss_weight: float = 0.0, codebook_diversity_temperature: float = 100.0,
@@ -148,8 +151,8 @@ class VectorQuantize(nn.Module):
         self.deferred = False  # a layer above calls `learn`, for several codebooks at once
         self._codebook = Codebook(
             inner // heads, codebook_size, heads=heads if separate_codebook_per_head else 1, ema=ema,
-            normalize=use_cosine_sim, decay=decay, eps=eps, kmeans_init=kmeans_init, kmeans_iters=kmeans_iters,
-            revive_below=threshold_ema_dead_code, sync=sync_codebook is not False,
+            normalize=use_cosine_sim, decay=decay, eps=eps, kmeans_init=kmeans_init,
+            kmeans_iters=kmeans_iters, revive_below=threshold_ema_dead_code, sync=sync_codebook is not False,
             learnable=learnable or orthogonal_reg_weight > 0, manual=manual_ema_update, bridge=vq_bridge,
         )  # fmt: skip
 
@@ -172,7 +175,7 @@ class VectorQuantize(nn.Module):
                 return_loss_breakdown: bool = False, codebook_transform_fn: None = None,
                 ema_update_weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,
                 accum_ema_update: bool = False, ema_update: bool | None = None) -> tuple:  # fmt: skip
-        """x [B, N, dim], or [B, dim]; channel-first where the options say so. mask bool [B, N], True = use."""
+        """x [B, N, dim] or [B, dim]; channel-first where the options say so. mask bool [B, N], True = use."""
         unsupported = {"indices": indices, "topk": topk, "sample_codebook_temp": sample_codebook_temp,
                        "codebook_transform_fn": codebook_transform_fn}  # fmt: skip
         refuse("VectorQuantize.forward", dict.fromkeys(unsupported), unsupported)
@@ -191,7 +194,8 @@ class VectorQuantize(nn.Module):
         tables = book.tables(learning and not accum_ema_update)
         outs = [self._quantize(p, t, m, frozen, learning) for p, t, m in zip(parts, tables, masks)]
         if learning and not recomputing():
-            book.observe(parts, [o.indices for o in outs], [(o.counts, o.sums) for o in outs])
+            found = [(o.counts, o.sums) for o in outs if o.counts is not None and o.sums is not None]
+            book.observe(parts, [o.indices for o in outs], found)
             book.moves, book.weight = moves and not book.manual, ema_update_weight
             if not (accum_ema_update or self.deferred):
                 learn([book])
@@ -209,15 +213,15 @@ class VectorQuantize(nn.Module):
 
         if self.separate:
             quantized = torch.stack([o.quantized for o in outs], -2)
-            found = torch.stack([o.indices for o in outs], -1)
+            index = torch.stack([o.indices for o in outs], -1)
         else:
-            quantized, found = outs[0].quantized, outs[0].indices
+            quantized, index = outs[0].quantized, outs[0].indices
         y = self.project_out((quantized.flatten(-2) if self.heads > 1 else quantized).to(h.dtype))
         if mask is not None:
             rest = torch.zeros_like(rows) if self.return_zeros_for_masked_padding else rows
             y = torch.where(mask.unsqueeze(-1), y, rest)
         y = y.movedim(-1, 1) if first else y
-        return (y, found, loss, terms) if return_loss_breakdown else (y, found, loss)
+        return (y, index, loss, terms) if return_loss_breakdown else (y, index, loss)
 
     def _split(self, h: Tensor, mask: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """Rows [*R, heads * D] and their mask, one for each codebook."""
@@ -235,9 +239,11 @@ class VectorQuantize(nn.Module):
         routed = self.training and x.requires_grad and self.route_gradients_to_input
         learned = self.learnable_codebook and not frozen
         estimator = "rotation" if self.rotation_trick else "ste"
-        out = vector_quantize(x, table if learned else table.detach(), mask=mask, stats=stats,
-                              metric="cosine" if self.use_cosine_sim else "l2",
-                              estimator=estimator if routed and not self.directional_reparam else "none")  # fmt: skip
+        if not routed or self.directional_reparam:
+            estimator = "none"
+        metric = "cosine" if self.use_cosine_sim else "l2"
+        out = vector_quantize(x, table if learned else table.detach(), mask=mask, stats=stats, metric=metric,
+                              estimator=estimator)  # fmt: skip
         quantized, commit = out.quantized, out.commit_loss
         if learned:  # one loss, which both sides minimise
             commit = commit + (out.codebook_loss - out.codebook_loss.detach())

@@ -1,6 +1,7 @@
 """`vector_quantize_pytorch.ResidualVQ` over the fused quantizer."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class ResidualVQ(nn.Module):
     shared_codebook all codebooks move after the last level, with one all-reduce; quantize_dropout draws from
     torch's default generator, on the CPU, and needs it equal in all processes.
     """
+
+    layers: Sequence[VectorQuantize]
 
     def __init__(self, *, dim: int, num_quantizers: int | None = None, codebook_size: int | tuple[int, ...],
                  codebook_dim: int | None = None, shared_codebook: bool = False, diveq: bool = False,
@@ -74,15 +77,16 @@ class ResidualVQ(nn.Module):
         if diveq:
             vq_kwargs |= {"ema_update": False, "learnable_codebook": True, "route_gradients_to_input": False,
                           "commitment_weight": 0.0}  # fmt: skip
-        self.layers = nn.ModuleList(
+        layers = [
             VectorQuantize(inner, size, inner, accept_image_fmap=accept_image_fmap,
                            return_zeros_for_masked_padding=return_zeros_for_masked_padding, **vq_kwargs)
             for size in codebook_size
-        )  # fmt: skip
-        for layer in self.layers:
+        ]  # fmt: skip
+        for layer in layers:
             layer.deferred = not shared_codebook
             if shared_codebook:
-                layer._codebook = self.layers[0]._codebook
+                layer._codebook = layers[0]._codebook
+        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.codebook_dim, self.codebook_sizes = inner, codebook_size
         self.num_quantizers, self.uniform_codebook_size = len(codebook_size), len(set(codebook_size)) == 1
         self.shared_codebook, self.diveq = shared_codebook, diveq
@@ -103,11 +107,16 @@ class ResidualVQ(nn.Module):
         each = tuple(layer.codebook for layer in self.layers)
         return torch.stack(each) if self.uniform_codebook_size else each
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, indices: None = None, return_all_codes: bool = False,
-                sample_codebook_temp: None = None, freeze_codebook: bool = False, beam_size: int | None = None,
+    def forward(self, x: Tensor, mask: Tensor | None = None, indices: None = None,
+                return_all_codes: bool = False, sample_codebook_temp: None = None,
+                freeze_codebook: bool = False, beam_size: int | None = None,
                 rand_quantize_dropout_fixed_seed: int | None = None) -> tuple:  # fmt: skip
         """x [B, N, dim]; [B, dim, H, W] with accept_image_fmap. mask bool [B, N], True = use."""
-        unsupported = {"indices": indices, "sample_codebook_temp": sample_codebook_temp, "beam_size": beam_size}
+        unsupported = {
+            "indices": indices,
+            "sample_codebook_temp": sample_codebook_temp,
+            "beam_size": beam_size,
+        }
         refuse("ResidualVQ.forward", dict.fromkeys(unsupported), unsupported)
         levels = self._levels(rand_quantize_dropout_fixed_seed)
         h = self.project_in(x)

@@ -62,7 +62,7 @@ def residual_vq(x: Tensor, codebooks: Tensor, *, metric: str = "l2", estimator: 
 
 
 def with_gradient(total: Tensor, rows: Tensor, estimator: str, mask: Tensor | None) -> Tensor:
-    """The sum of codes total [*R, D], fp32 or fp64, in the rows' dtype and with their gradient by `estimator`."""
+    """The sum of codes, total [*R, D], in the rows' dtype and with a gradient to them by `estimator`."""
     quantized = total.to(rows.dtype)
     if estimator == "none" or not (torch.is_grad_enabled() and rows.requires_grad):
         return quantized
