@@ -13,8 +13,8 @@ void check(const Tensor& x, const Tensor& codebook, const char* name) {
   Device::check(x, name);
   Device::check(codebook, "codebook");
   STD_TORCH_CHECK(codebook.dim() == 2 && codebook.numel() > 0, "codebook must be [K, D] with K, D >= 1");
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == codebook.size(1), name, " must be [*R, D] with D = ",
-                  codebook.size(1));
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == codebook.size(1), name,
+                  " must be [*R, D] with D = ", codebook.size(1));
 }
 
 template <class Call>

@@ -63,10 +63,8 @@ namespace vaeops::cpu::avx512 {
 VAEOPS_TARGET_END
 #pragma GCC diagnostic pop
 // The kernel of the instruction set in use.
-#define VAEOPS_DISPATCH(...)                  \
-  (isa() >= Isa::avx512 ? avx512::__VA_ARGS__ \
-   : isa() == Isa::avx2 ? avx2::__VA_ARGS__   \
-                        : scalar::__VA_ARGS__)
+#define VAEOPS_DISPATCH(...) \
+  (isa() >= Isa::avx512 ? avx512::__VA_ARGS__ : isa() == Isa::avx2 ? avx2::__VA_ARGS__ : scalar::__VA_ARGS__)
 #else
 #pragma GCC diagnostic pop
 #define VAEOPS_DISPATCH(...) (scalar::__VA_ARGS__)

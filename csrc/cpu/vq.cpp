@@ -110,7 +110,8 @@ void gather_typed(const VqGather& call, ParallelFor parallel) {
         VAEOPS_DISPATCH(store_rows<C, T>)(quantized.get(), n, dims, to.data, to.stride, call.quantized.step);
       }
       for (int64_t r = 0; r < n; ++r) {
-        if (call.reduction == RowReduction::none) static_cast<C*>(call.loss)[first + r] = loss[r] / static_cast<C>(dims);
+        if (call.reduction == RowReduction::none)
+          static_cast<C*>(call.loss)[first + r] = loss[r] / static_cast<C>(dims);
         sum += loss[r];
         count += code[r] != nullptr;
       }
@@ -127,7 +128,8 @@ void gather_typed(const VqGather& call, ParallelFor parallel) {
     sum += sums[task];
     count += valid[task];
   }
-  if (call.reduction == RowReduction::mean) sum /= static_cast<double>(dims) * static_cast<double>(std::max<int64_t>(count, 1));
+  if (call.reduction == RowReduction::mean)
+    sum /= static_cast<double>(dims) * static_cast<double>(std::max<int64_t>(count, 1));
   *static_cast<C*>(call.loss) = static_cast<C>(sum);
 }
 
@@ -147,7 +149,8 @@ void gather_backward_typed(const VqGatherBackward& call, ParallelFor parallel) {
     for_each_piece(shape, begin, end, tile_rows, [&](int64_t first, int64_t n) {
       const C* const* code = codes.of(first, n);
       const C* const weights = w == nullptr ? nullptr : call.w_per_row ? w + first : one_w;
-      const RowSpan<const T> from = span_of<const T>(call.x, shape, first), gradient = span_of<const T>(call.gq, shape, first);
+      const RowSpan<const T> from = span_of<const T>(call.x, shape, first),
+                             gradient = span_of<const T>(call.gq, shape, first);
       const RowSpan<T> to = span_of<T>(call.gx, shape, first);
       if (direct) {
         VAEOPS_DISPATCH(gather_backward<T, C>)
