@@ -113,6 +113,7 @@ def worker(rank, world, path):
     dist.all_reduce = all_reduce
     results["ddp"] = data_parallel(world, rank)
     results["compiled"] = run_compiled(make("revive", "bitwise"), world, rank)
+    results["absent"] = absent(rank)
     results["lucidrains"] = others(lucidrains.VectorQuantize(DIM, 8, threshold_ema_dead_code=1), rank)
     results["lucidrains residual"] = others(
         lucidrains.ResidualVQ(dim=DIM, num_quantizers=2, codebook_size=8), rank
@@ -121,6 +122,17 @@ def worker(rank, world, path):
     results["audiocraft"] = others(audiocraft.EuclideanCodebook(DIM, 8, kmeans_init=True), rank)
     torch.save(results, f"{path}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def absent(rank):
+    """A process that had no batch at all still takes part in the update."""
+    torch.manual_seed(0)
+    layer = VectorQuantize(DIM, 8, accumulate=True, revive_below=0.9, decay=0.5)
+    for step in range(3):
+        if (rank + step) % 2 == 0:
+            layer(torch.randn(30, DIM, generator=torch.Generator().manual_seed(step)).bfloat16())
+        layer.update()
+    return layer.state_dict()
 
 
 def others(layer, rank):
@@ -216,7 +228,7 @@ def test_collectives_compile(results):
         assert_equal(rank["compiled"][-1], rank["revive", "bitwise"][-1])
 
 
-@pytest.mark.parametrize("name", ["ddp", "lucidrains", "lucidrains residual", "audiocraft"])
+@pytest.mark.parametrize("name", ["ddp", "absent", "lucidrains", "lucidrains residual", "audiocraft"])
 def test_other_layers_agree_on_all_processes(results, name):
     _, ranks = results
     for rank in ranks[1:]:

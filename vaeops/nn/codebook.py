@@ -246,7 +246,8 @@ def learn(books: Sequence[Codebook]) -> None:
         xs, indices = ([t for b in reviving for t in b.seen()[i]] for i in (0, 1))
         seeds = [s for b in reviving for s in b.seeds()]
         samples = spread(xs, indices, seeds, CANDIDATES, processes, rank)
-    found, rows = joined(books, [r for r, _ in samples], processes)
+    # In one dtype everywhere: a process that saw nothing does not know that of the rows.
+    found, rows = joined(books, [r.to(books[0].cluster_size.dtype) for r, _ in samples], processes)
     for book, (counts, sums) in zip(books, found):
         book.apply_statistics(counts, sums)
     candidates = iter(zip(rows, samples))
