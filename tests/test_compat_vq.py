@@ -1,5 +1,6 @@
 """Drop-in quantizers: the peers' values in fp64, their state_dicts, and where they are wrong."""
 
+import copy
 import math
 
 import pytest
@@ -307,6 +308,28 @@ def test_lucidrains_knows_every_argument_of_the_peer(peer):
             assert a[name].default == b[name].default, name
     a, b = (inspect.signature(c).parameters for c in (lucidrains.ResidualVQ, peer.ResidualVQ))
     assert list(a) == list(b)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: lucidrains.VectorQuantize(4, 8, kmeans_init=True, kmeans_iters=1, threshold_ema_dead_code=1),
+    pytest.param(lambda: lucidrains.ResidualVQ(dim=4, num_quantizers=2, codebook_size=8),
+                 marks=pytest.mark.slow),
+    lambda: taming.VectorQuantizer2(8, 4, 0.25),
+    lambda: audiocraft.EuclideanCodebook(4, 8, kmeans_init=True, kmeans_iters=1),
+])  # fmt: skip
+def test_compile_whole(make):
+    torch._dynamo.reset()
+    layer = make()
+    eager = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (20, 24):
+        x = (
+            torch.randn(2, 4, rows, 1)
+            if isinstance(layer, taming.VectorQuantizer2)
+            else torch.randn(2, rows, 4)
+        )
+        torch.testing.assert_close(compiled(x)[0], eager(x)[0])
+        torch.testing.assert_close(layer.state_dict(), eager.state_dict())
 
 
 # ---- where lucidrains' quantizer is wrong

@@ -200,7 +200,7 @@ class VectorQuantize(nn.Module):
             if not (accum_ema_update or self.deferred):
                 learn([book])
 
-        loss = torch.zeros((), device=x.device, requires_grad=self.training)
+        loss = torch.zeros((), device=x.device)
         terms = LossBreakdown(*[torch.zeros((), device=x.device)] * 4)
         if self.training and self.has_commitment_loss:
             commit = torch.stack([o.commit_loss for o in outs]).mean()
@@ -210,6 +210,8 @@ class VectorQuantize(nn.Module):
             orthogonal = self._orthogonal(outs[0].indices)
             loss = loss + orthogonal * self.orthogonal_reg_weight
             terms = terms._replace(orthogonal_reg=orthogonal)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            loss = loss if loss.requires_grad else loss.requires_grad_()  # as the peer's, fit for backward
 
         if self.separate:
             quantized = torch.stack([o.quantized for o in outs], -2)
