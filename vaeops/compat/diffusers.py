@@ -1,4 +1,4 @@
-"""`diffusers.models.autoencoders.vae.DiagonalGaussianDistribution` over the fused Gaussian step."""
+"""`DiagonalGaussianDistribution` and `VectorQuantizer` of diffusers' autoencoders over the fused ops."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops.gaussian import gaussian_kl, gaussian_log_prob, reparam_kl_packed
+from .taming import VectorQuantizer2
 
 _CLAMP = (-30.0, 20.0)
 
@@ -124,3 +125,13 @@ class DiagonalGaussianDistribution:
                 f"the {shape[0]} samples, got {len(generator)}"
             )
         return torch.cat([draw((1, *shape[1:]), g) for g in generator])
+
+
+class VectorQuantizer(VectorQuantizer2):
+    """diffusers' name for taming's `VectorQuantizer2`, with e_dim called vq_embed_dim; the rest as there."""
+
+    def __init__(self, n_e: int, vq_embed_dim: int, beta: float, remap: str | None = None,
+                 unknown_index: str | int = "random", sane_index_shape: bool = False,
+                 legacy: bool = True) -> None:  # fmt: skip
+        super().__init__(n_e, vq_embed_dim, beta, remap, unknown_index, sane_index_shape, legacy)
+        self.vq_embed_dim = vq_embed_dim

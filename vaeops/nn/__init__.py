@@ -1,7 +1,11 @@
 """Modules over the ops: state and defaults, no maths of their own."""
 
+from .codebook import Codebook as Codebook, update_codebooks as update_codebooks
 from .latent import (
     GaussianLatent as GaussianLatent,
     KLSchedule as KLSchedule,
     PosteriorMonitor as PosteriorMonitor,
 )
+from .quantize import VectorQuantize as VectorQuantize
+from .residual import GroupedResidualVQ as GroupedResidualVQ, ResidualVQ as ResidualVQ
+from .scalar import FSQ as FSQ, LFQ as LFQ, SimVQ as SimVQ

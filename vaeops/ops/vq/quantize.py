@@ -93,7 +93,8 @@ class Once(Function):
 
 def finite_rows(x: Tensor) -> Tensor:
     """bool [*R]: rows [*R, D] without NaN and Inf. By their largest |x|: no array of x's size is made."""
-    return torch.linalg.vector_norm(x.detach(), ord=float("inf"), dim=-1).isfinite()
+    # Counted from the front: with dim=-1 an empty batch does not trace.
+    return torch.linalg.vector_norm(x.detach(), ord=float("inf"), dim=x.dim() - 1).isfinite()
 
 
 def row_absmax(x: Tensor, indices: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def row_absmax(x: Tensor, indices: Tensor) -> Tensor:
     With several processes, its maximum over all of them is what `statistics` needs.
     """
     # Of each row first, as in finite_rows.
-    largest = torch.linalg.vector_norm(x.detach(), ord=float("inf"), dim=-1)
+    largest = torch.linalg.vector_norm(x.detach(), ord=float("inf"), dim=x.dim() - 1)
     counted = (indices >= 0) & largest.isfinite()
     largest = torch.where(counted, largest, 0).flatten()
     return torch.nn.functional.pad(largest, (0, 1)).amax().to(ref.compute_dtype(x))

@@ -50,14 +50,7 @@ def residual_vq(x: Tensor, codebooks: Tensor, *, metric: str = "l2", estimator: 
         residual = residual - level.quantized
         total = total + level.quantized
         levels.append(level)
-    quantized = total.to(x.dtype)
-    if estimator != "none" and torch.is_grad_enabled() and rows.requires_grad:
-        through = rows
-        if estimator == "rotation":
-            through = ref.rotated(rows.to(dtype), total).to(x.dtype)
-        if mask is not None:
-            through = through.masked_fill(~mask.unsqueeze(-1), 0)
-        quantized = quantized + (through - through.detach())  # adds exactly 0
+    quantized = with_gradient(total, rows, estimator, mask)
     return VQOutput(
         quantized.movedim(-1, channel_dim),
         torch.stack([level.indices for level in levels], -1),
@@ -66,3 +59,16 @@ def residual_vq(x: Tensor, codebooks: Tensor, *, metric: str = "l2", estimator: 
         torch.stack([level.counts for level in levels if level.counts is not None]) if stats else None,
         torch.stack([level.sums for level in levels if level.sums is not None]) if stats else None,
     )
+
+
+def with_gradient(total: Tensor, rows: Tensor, estimator: str, mask: Tensor | None) -> Tensor:
+    """The sum of codes, total [*R, D], in the rows' dtype and with a gradient to them by `estimator`."""
+    quantized = total.to(rows.dtype)
+    if estimator == "none" or not (torch.is_grad_enabled() and rows.requires_grad):
+        return quantized
+    through = rows
+    if estimator == "rotation":
+        through = ref.rotated(rows.to(total.dtype), total).to(rows.dtype)
+    if mask is not None:
+        through = through.masked_fill(~mask.unsqueeze(-1), 0)
+    return quantized + (through - through.detach())  # adds exactly 0
