@@ -192,7 +192,8 @@ void vq_gather_backward(const VqGatherBackward& call, ParallelFor parallel);
 void vq_segment_sum(const VqSegmentSum& call, ParallelFor parallel);
 
 // Instruction set: the best that the machine has, unless a test asked for a lesser one.
-enum class Isa : int32_t { scalar, avx2, avx512 };
+// amx: AVX-512, and tile products where a kernel has them.
+enum class Isa : int32_t { scalar, avx2, avx512, amx };
 Isa best_isa();
 Isa isa();
 bool set_isa(Isa wanted);  // false when the machine lacks it
@@ -225,6 +226,10 @@ struct Scratch {
 int64_t gaussian_forward_scratch(const GaussianForward& call);
 int64_t gaussian_backward_scratch(const GaussianBackward& call);
 int64_t log_prob_forward_scratch(const LogProbForward& call);
+int64_t vq_assign_scratch(const VqAssign& call);
+int64_t vq_gather_scratch(const VqGather& call);
+int64_t vq_gather_backward_scratch(const VqGatherBackward& call);
+int64_t vq_segment_sum_scratch(const VqSegmentSum& call);
 
 int gaussian_forward(const GaussianForward& call, Scratch scratch, CUstream_st* stream);
 int gaussian_backward(const GaussianBackward& call, Scratch scratch, CUstream_st* stream);
@@ -233,6 +238,10 @@ int log_prob_backward(const LogProbBackward& call, CUstream_st* stream);
 int normal(float* out /* [S, n / S] */, int64_t n, Noise noise, CUstream_st* stream);
 int fold_in(const int64_t* seed /* [M or 1, 2] */, int64_t seed_stride, const int64_t* index /* [M or 1] */,
             int64_t index_stride, int64_t* child /* [M, 2] */, int64_t m, CUstream_st* stream);
+int vq_assign(const VqAssign& call, Scratch scratch, CUstream_st* stream);
+int vq_gather(const VqGather& call, Scratch scratch, CUstream_st* stream);
+int vq_gather_backward(const VqGatherBackward& call, Scratch scratch, CUstream_st* stream);
+int vq_segment_sum(const VqSegmentSum& call, Scratch scratch, CUstream_st* stream);
 const char* error_string(int error);
 
 }  // namespace cuda

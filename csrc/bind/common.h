@@ -50,18 +50,35 @@ inline Tensor empty(const Tensor& like, const int64_t* sizes, const int64_t* str
   return Tensor(out);
 }
 
-// Row-major.
-inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t rank, ScalarType dtype) {
+inline int32_t dtype_code(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    default:
+      return aoti_torch_dtype_int64();
+  }
+}
+
+inline void row_major(const int64_t* sizes, int64_t rank, int64_t (&strides)[kMaxRank]) {
   STD_TORCH_CHECK(rank <= kMaxRank, "at most ", kMaxRank, " dims are supported, got ", rank);
-  int64_t strides[kMaxRank], step = 1;
-  for (int64_t d = rank - 1; d >= 0; --d) {
+  for (int64_t d = rank - 1, step = 1; d >= 0; --d) {
     strides[d] = step;
     step *= sizes[d] > 1 ? sizes[d] : 1;
   }
-  const int32_t code = dtype == ScalarType::Float    ? aoti_torch_dtype_float32()
-                       : dtype == ScalarType::Double ? aoti_torch_dtype_float64()
-                                                     : aoti_torch_dtype_int64();
-  return empty(like, sizes, strides, rank, code);
+}
+
+inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t rank, ScalarType dtype) {
+  int64_t strides[kMaxRank];
+  row_major(sizes, rank, strides);
+  return empty(like, sizes, strides, rank, dtype_code(dtype));
 }
 
 // empty_like: the same memory format.
@@ -87,8 +104,11 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
 // every operand allows it.
 class Layout {
  public:
-  Layout(const Tensor& like, int64_t batch_ndim)
-      : rank_(static_cast<int>(like.dim())), device_(like.get_device_index()) {
+  Layout(const Tensor& like, int64_t batch_ndim) : Layout(like, like.dim(), batch_ndim) {}
+
+  // The logical dims are the first `rank` of `like`.
+  Layout(const Tensor& like, int64_t rank, int64_t batch_ndim)
+      : rank_(static_cast<int>(rank)), device_(like.get_device_index()) {
     STD_TORCH_CHECK(rank_ <= kMaxRank, "at most ", kMaxRank, " dims are supported, got ", rank_);
     STD_TORCH_CHECK(batch_ndim >= 0 && batch_ndim <= rank_, "batch_ndim must be in [0, ", rank_, "], got ", batch_ndim);
     const auto sizes = like.sizes();
@@ -117,6 +137,22 @@ class Layout {
       STD_TORCH_CHECK(sizes[d] == 1 || sizes[d] == size_[first + d], name, " does not broadcast: size ", sizes[d],
                       " against ", size_[first + d], " at dim ", first + d);
       out[first + d] = sizes[d] == 1 ? 0 : strides[d];
+    }
+  }
+
+  // `x` [*R, D], where the logical dims are R.
+  void add(Rows& rows, const Tensor& x, const char* name) {
+    const auto sizes = x.sizes();
+    const auto strides = x.strides();
+    STD_TORCH_CHECK(x.dim() == rank_ + 1, name, " must have ", rank_ + 1, " dims, got ", x.dim());
+    STD_TORCH_CHECK(x.get_device_index() == device_, name, " is on another device");
+    rows.operand.data = x.data_ptr();
+    rows.operand.dtype = dtype_of(x, name);
+    rows.step = sizes[rank_] == 1 ? 1 : strides[rank_];
+    int64_t (&out)[kMaxRank] = entry(rows.operand.stride, &rows.operand);
+    for (int d = 0; d < rank_; ++d) {
+      STD_TORCH_CHECK(sizes[d] == size_[d], name, " must have ", size_[d], " rows along dim ", d, ", got ", sizes[d]);
+      out[d] = strides[d];
     }
   }
 

@@ -39,10 +39,15 @@ class Device {
   static void check(const Tensor& x, const char* name) { STD_TORCH_CHECK(x.is_cuda(), name, " must be a CUDA tensor"); }
 
   static Tensor fresh_like(const Tensor& x) { return uninitialized_like(x); }
+  static Tensor fresh(const Tensor& like, const int64_t* sizes, int64_t rank, ScalarType dtype) {
+    return empty(like, sizes, rank, dtype);
+  }
   static Tensor fresh_floats(const Tensor& like, int64_t n) {
     const int64_t size[1] = {n};
     return empty(like, size, 1, ScalarType::Float);
   }
+
+  static void check_range(const Indices&, int64_t, int64_t) {}  // would cost a synchronisation
 
   void run(const GaussianForward& call) const {
     launch(cuda::gaussian_forward_scratch(call),
@@ -57,6 +62,22 @@ class Device {
            [&](cuda::Scratch scratch) { return cuda::log_prob_forward(call, scratch, stream_); });
   }
   void run(const LogProbBackward& call) const { succeed(cuda::log_prob_backward(call, stream_)); }
+  void run(const VqAssign& call) const {
+    launch(cuda::vq_assign_scratch(call),
+           [&](cuda::Scratch scratch) { return cuda::vq_assign(call, scratch, stream_); });
+  }
+  void run(const VqGather& call) const {
+    launch(cuda::vq_gather_scratch(call),
+           [&](cuda::Scratch scratch) { return cuda::vq_gather(call, scratch, stream_); });
+  }
+  void run(const VqGatherBackward& call) const {
+    launch(cuda::vq_gather_backward_scratch(call),
+           [&](cuda::Scratch scratch) { return cuda::vq_gather_backward(call, scratch, stream_); });
+  }
+  void run(const VqSegmentSum& call) const {
+    launch(cuda::vq_segment_sum_scratch(call),
+           [&](cuda::Scratch scratch) { return cuda::vq_segment_sum(call, scratch, stream_); });
+  }
   void normal(float* out, int64_t n, Noise noise) const { succeed(cuda::normal(out, n, noise, stream_)); }
   void fold_in(const int64_t* seed, int64_t seed_stride, const int64_t* index, int64_t index_stride, int64_t* child,
                int64_t m) const {

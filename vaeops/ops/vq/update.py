@@ -91,7 +91,7 @@ def vq_ema_(cluster_size: Tensor, embed_sum: Tensor, codebook: Tensor, counts: T
     with torch.no_grad():
         counts, sums = counts.to(cluster_size.dtype), sums.to(embed_sum.dtype)
         any_row = (counts > 0).any(-1, keepdim=True)
-        weight = torch.where(any_row, 1 - decay, 0.0).to(cluster_size.dtype)
+        weight = (1 - decay) * any_row.to(cluster_size.dtype)
         cluster_size.lerp_(counts, weight)
         embed_sum.lerp_(sums, weight.unsqueeze(-1).to(embed_sum.dtype))
         n = ref.tree_sum(cluster_size).unsqueeze(-1)
