@@ -142,3 +142,17 @@ def test_at_most_two_compiles_over_twenty_batch_sizes(launch):
     for name in {kernel.metadata.name for kernel in launched}:
         compiled = {id(kernel) for kernel in launched if kernel.metadata.name == name}
         assert len(compiled) <= 2, name
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_one_dim_and_one_code_compile(launch):
+    launches = LAUNCHES | {
+        "topk": lambda x, e, i: vq.vq_topk(x, e, None, 1, 0, True, False),
+        "segment sum": lambda x, e, i: vq.vq_segment_sum(x, i, None, torch.ones(()), 1, True, False),
+    }
+    for shape, codes in (((5, 1), 1), ((1, 1), 1), ((2000, 1, 1, 1), 3)):
+        with aot.compiling(90) as launched:
+            launches[launch](
+                torch.empty(shape), torch.empty(codes, 1), torch.zeros(shape[:-1], dtype=torch.int64)
+            )
+        assert launched

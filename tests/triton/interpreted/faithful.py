@@ -3,7 +3,10 @@
 It multiplies and adds apart where a GPU has one fma that rounds once: 5 % of the normals would differ.
 It adds down a column one by one where a GPU adds in a tree.
 It rounds a float argument to fp32, whatever its type.
+And it goes through the whole language at every call of a device function, for half of the time.
 """
+
+import types
 
 import numpy as np
 import torch
@@ -16,6 +19,8 @@ from vaeops.ref import vq
 
 def _fma(_, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
     if x.data.dtype == np.float64:
+        if all(np.array_equal(h.data, h.data.astype(np.float32)) for h in (x, y)):  # the product is exact
+            return TensorHandle(x.data * y.data + z.data, z.dtype.scalar)
         a, b, c = (torch.from_numpy(np.ascontiguousarray(h.data)) for h in (x, y, z))
         return TensorHandle(vq.fma(a, b, c).numpy(), z.dtype.scalar)
     product = x.data.astype(np.float64) * y.data.astype(np.float64)  # exact
@@ -37,7 +42,15 @@ def _sum(self: interpreter.ReduceOps, x: tl.tensor) -> tl.tensor:
     return self.to_tensor(data, x.dtype)
 
 
+def _call(self: interpreter.InterpretedFunction, *args, **kwargs):
+    languages = (m for m in self.fn.__globals__.values() if isinstance(m, types.ModuleType))
+    if any(tl.core.is_builtin(m.load) for m in languages if m is tl or m is tl.core):
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*args, **kwargs)
+
+
 def install() -> None:
+    interpreter.InterpretedFunction.__call__ = _call
     InterpreterBuilder.create_fma = _fma
     interpreter.ReduceOps.sum = _sum
     convert = interpreter._implicit_cvt

@@ -181,6 +181,7 @@ def test_assign_edges(metric):
     for codes in (e[7:8], e[9:10], e[11:12]):  # NaN alone, Inf alone, zero alone
         check_assign(x, codes, metric)
     assert check_assign(x[:0], e, metric).shape == (0,)
+    assert check_assign(x[0], e, metric).shape == ()
     assert bool((check_assign(x, e, metric, torch.zeros_like(mask)) == -1).all())
 
 
@@ -282,9 +283,9 @@ def test_gather_backward(estimator, dtype):
 def test_segment_sum(piece, dtype, monkeypatch):
     """A piece of 4 rows: most codes have several."""
     monkeypatch.setattr(segment, "PIECE", piece)
-    for x in layouts((3, 4, 10), 5):
+    for x in [*layouts((3, 4, 5), 5)][:: 1 if dtype is torch.float32 else 4]:
         x = x.to(dtype)
-        indices = inputs((3, 4, 10), 5)[2]
+        indices = inputs((3, 4, 5), 5)[2]
         weights = torch.rand(indices.shape, generator=torch.Generator().manual_seed(3))
         for w, fp64 in ((None, False), (weights, True)):
             ours, want = (f.vq_segment_sum(x, indices, w, None, 9, False, fp64) for f in (vq, ref))

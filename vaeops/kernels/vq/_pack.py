@@ -89,17 +89,13 @@ def pack_kernel(
     residual = tl.zeros([G], tl.float64)
     for first in range(0, dims, BD):
         d = first + tl.arange(0, BD)[None, :]
-        e = tl.load(codebook + k[:, None] * dims + d, mask=good[:, None] & (d < dims), other=0.0).to(
-            tl.float64
-        )
+        ok = good[:, None] & (d < dims)
+        e = tl.load(codebook + k[:, None] * dims + d, mask=ok, other=0.0).to(tl.float64)
         if METRIC == 1:
             e = e * inverse[:, None]
         if mu is not None:
-            mean = (
-                tl.sum(tl.load(total + p * dims + d, mask=d < dims, other=0.0), axis=0, keep_dims=True)
-                / codes
-            )
-            mean = mean.to(mu.dtype.element_ty)
+            sums = tl.load(total + p * dims + d, mask=d < dims, other=0.0)
+            mean = (tl.sum(sums, axis=0, keep_dims=True) / codes).to(mu.dtype.element_ty)
             if tile == 0:
                 tl.store(mu + d, mean, mask=d < dims)
             e = tl.where(good[:, None], e - mean.to(tl.float64), 0.0)
