@@ -12,7 +12,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   VqCase c;
   const int op = next(4);
   c.rows.clear();
-  for (int rank = next(3); rank > 0; --rank) c.rows.push_back(next(14));
+  for (int rank = next(3); rank > 0; --rank) c.rows.push_back(next(9));
   c.dims = 1 + next(40);
   c.codes = 1 + next(2) * 128 + next(200);
   c.dtype = static_cast<Dtype>(next(4));
@@ -28,7 +28,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   c.weighted = next(2) != 0;
   // Sums of huge values in halves are infinite, and tiny ones are zero: nothing to compare.
   const bool wild = c.data == Data::tiny || c.data == Data::huge || c.data == Data::cauchy;
-  cuda_host::options.multiprocessors = 1 + next(50);
+  cuda_host::options.multiprocessors = 1 + next(8);
   if (op == 0) {
     c.k = next(2) * next(static_cast<int>(c.codes < 20 ? c.codes : 20) + 1);
     check_assign(c);
