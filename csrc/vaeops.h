@@ -192,7 +192,8 @@ void vq_gather_backward(const VqGatherBackward& call, ParallelFor parallel);
 void vq_segment_sum(const VqSegmentSum& call, ParallelFor parallel);
 
 // Instruction set: the best that the machine has, unless a test asked for a lesser one.
-enum class Isa : int32_t { scalar, avx2, avx512 };
+// amx: AVX-512, and tile products where a kernel has them.
+enum class Isa : int32_t { scalar, avx2, avx512, amx };
 Isa best_isa();
 Isa isa();
 bool set_isa(Isa wanted);  // false when the machine lacks it

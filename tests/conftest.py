@@ -68,5 +68,21 @@ def isa(request):
     _host.set_isa(path, best)
 
 
+@pytest.fixture(params=["ref", *(f"cpp {name}" for name in isas())])
+def impl(request):
+    """Runs the test once per implementation that this CPU has: the reference, C++ by instruction set."""
+    name, _, wanted = request.param.partition(" ")
+    if not wanted:
+        yield name
+        return
+    from vaeops import _host
+
+    path = str(_native.path("_ops_cpu"))
+    best = _host.isa(path)
+    _host.set_isa(path, wanted)
+    yield name
+    _host.set_isa(path, best)
+
+
 def pytest_report_header(config):
     return f"vaeops CPU kernels: {', '.join(isas()) or _native.why_not('_ops_cpu') or 'no _host'}"

@@ -1,5 +1,6 @@
 """The package as a whole: its files, importing it, the ways to install it."""
 
+import inspect
 import os
 import re
 import shutil
@@ -16,7 +17,12 @@ from vaeops import _native
 from vaeops.ops import _library
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = ("rng", "gaussian")
+FAMILIES = ("rng", "gaussian", "vq")
+GAUSSIAN = ("reparam_kl", "reparam_kl_packed", "reparameterize", "gaussian_kl", "gaussian_log_prob")
+QUANTIZATION = (
+    "vq_assign", "vq_topk", "vq_lookup", "vector_quantize", "vq_sample", "perplexity", "usage", "vq_ema_", "vq_expire_",
+    "kmeans", "residual_vq", "fsq", "fsq_decode", "lfq", "lfq_decode", "vq_entropy",
+)  # fmt: skip
 
 
 def python(code: str, **environment: str) -> str:
@@ -59,19 +65,23 @@ def test_every_op_is_defined_for_every_implementation():
         )
 
 
-@pytest.mark.parametrize(
-    "name", ["reparam_kl", "reparam_kl_packed", "reparameterize", "gaussian_kl", "gaussian_log_prob"]
-)
+@pytest.mark.parametrize("name", GAUSSIAN + QUANTIZATION)
 def test_public_functions_are_documented_and_in_the_readme(name):
     doc = getattr(vaeops, name).__doc__
-    assert doc and "Returns:" in doc
+    assert doc and "Args:" in doc and ("Returns:" in doc or name == "vq_ema_")
     assert f"`{name}`" in (ROOT / "README.md").read_text()
-    import inspect
 
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    # reparam_kl_packed's reference passes its options on.
+    [*(("gaussian", name) for name in GAUSSIAN if name != "reparam_kl_packed"),
+     ("vq", "vq_lookup"), ("vq", "vector_quantize")],
+)  # fmt: skip
+def test_references_take_the_same_arguments(family, name):
     ours = inspect.signature(getattr(vaeops, name)).parameters
-    reference = inspect.signature(getattr(vaeops.ref.gaussian, name)).parameters
-    if name != "reparam_kl_packed":  # whose reference passes its options on
-        assert list(ours) == list(reference)
+    reference = inspect.signature(getattr(getattr(vaeops.ref, family), name)).parameters
+    assert list(ours) == list(reference)
 
 
 def test_imports_keep_to_their_layers():

@@ -17,9 +17,21 @@ from .ops.gaussian import (
 )
 from .ops.vq import (
     VQOutput as VQOutput,
+    fsq as fsq,
+    fsq_decode as fsq_decode,
+    kmeans as kmeans,
+    lfq as lfq,
+    lfq_decode as lfq_decode,
+    perplexity as perplexity,
+    residual_vq as residual_vq,
+    usage as usage,
     vector_quantize as vector_quantize,
     vq_assign as vq_assign,
+    vq_ema_ as vq_ema_,
+    vq_entropy as vq_entropy,
+    vq_expire_ as vq_expire_,
     vq_lookup as vq_lookup,
+    vq_sample as vq_sample,
     vq_topk as vq_topk,
 )
 

@@ -1,5 +1,7 @@
 // How a binding runs a call on CPU tensors.
 #pragma once
+#include <algorithm>
+
 #include "bind/common.h"
 
 namespace vaeops::bind {
@@ -21,9 +23,9 @@ struct Device {
 
   // A row-major output.
   static Tensor fresh(const Tensor& like, const int64_t* sizes, int64_t rank, ScalarType dtype) {
-    size_t bytes = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half   ? 2
-                   : dtype == ScalarType::Float || dtype == ScalarType::Int ? 4
-                                                                            : 8;
+    size_t bytes = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ? 2
+                   : dtype == ScalarType::Float || dtype == ScalarType::Int   ? 4
+                                                                              : 8;
     for (int64_t d = 0; d < rank; ++d) bytes *= static_cast<size_t>(sizes[d]);
     void* const data = bytes >= cpu::kLargeOutput ? cpu::take_pages(bytes) : nullptr;
     if (data == nullptr) return empty(like, sizes, rank, dtype);

@@ -13,8 +13,8 @@ void check(const Tensor& x, const Tensor& codebook, const char* name) {
   Device::check(x, name);
   Device::check(codebook, "codebook");
   STD_TORCH_CHECK(codebook.dim() == 2 && codebook.numel() > 0, "codebook must be [K, D] with K, D >= 1");
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == codebook.size(1), name, " must be [*R, D] with D = ",
-                  codebook.size(1));
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == codebook.size(1), name,
+                  " must be [*R, D] with D = ", codebook.size(1));
 }
 
 template <class Call>
@@ -51,8 +51,8 @@ Tensor checked(const Tensor& indices, int64_t codes) {
   return contiguous;
 }
 
-Tensor as_contiguous(const Tensor& x, ScalarType dtype) {
-  return bind::as_contiguous(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
+Tensor contiguous_as(const Tensor& x, ScalarType dtype) {
+  return as_contiguous(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
 }
 
 // [*R, *tail] beside rows x [*R, D]
@@ -171,7 +171,7 @@ Tensor vq_gather_bwd(const OptionalTensor& gq, const OptionalTensor& w_, const T
   if (w_) {
     Device::check(*w_, "w");
     STD_TORCH_CHECK(w_->dim() == 0 || has_row_dims(*w_, x), "w must be [] or [*R]");
-    w = as_contiguous(*w_, compute_type(x, codebook));
+    w = contiguous_as(*w_, compute_type(x, codebook));
     call.w = w->data_ptr();
     call.w_per_row = w->dim() > 0;
   }
@@ -202,14 +202,14 @@ std::tuple<Tensor, Tensor> vq_segment_sum(const Tensor& values, const Tensor& in
   if (weights_) {
     Device::check(*weights_, "weights");
     STD_TORCH_CHECK(has_row_dims(*weights_, values), "weights must be [*R]");
-    weights = as_contiguous(*weights_, bind::compute_type(*weights_));
+    weights = contiguous_as(*weights_, bind::compute_type(*weights_));
     call.weights = weights->data_ptr();
     call.weights_f64 = weights->scalar_type() == ScalarType::Double;
   }
   if (absmax_) {
     Device::check(*absmax_, "absmax");
     STD_TORCH_CHECK(absmax_->numel() == 1, "absmax must be one number");
-    absmax = as_contiguous(*absmax_, bind::compute_type(*absmax_));
+    absmax = contiguous_as(*absmax_, bind::compute_type(*absmax_));
     call.absmax = absmax->data_ptr();
     call.absmax_f64 = absmax->scalar_type() == ScalarType::Double;
   }

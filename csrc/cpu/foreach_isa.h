@@ -20,7 +20,8 @@
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own intrinsics start from undefined vectors
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC's own intrinsics start from undefined vectors
 #endif
 
 namespace vaeops::cpu::scalar {
@@ -63,7 +64,7 @@ VAEOPS_TARGET_END
 #pragma GCC diagnostic pop
 // The kernel of the instruction set in use.
 #define VAEOPS_DISPATCH(...) \
-  (isa() == Isa::avx512 ? avx512::__VA_ARGS__ : isa() == Isa::avx2 ? avx2::__VA_ARGS__ : scalar::__VA_ARGS__)
+  (isa() >= Isa::avx512 ? avx512::__VA_ARGS__ : isa() == Isa::avx2 ? avx2::__VA_ARGS__ : scalar::__VA_ARGS__)
 #else
 #pragma GCC diagnostic pop
 #define VAEOPS_DISPATCH(...) (scalar::__VA_ARGS__)

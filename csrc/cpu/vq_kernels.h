@@ -113,7 +113,11 @@ VAEOPS_INLINE double root(double x) { return __builtin_sqrt(x); }
 template <class C>
 VAEOPS_INLINE Rotation<C> rotation_of(C norm_x, C norm_e, C t_t, C t_g, C v_g) {
   const C norm_t = root(t_t), tiny = static_cast<C>(1e-6);
-  return {norm_x < tiny || norm_e < tiny || norm_t < tiny, norm_e / norm_x, -2 * t_g / t_t, 2 * v_g, 1 / norm_x,
+  return {norm_x < tiny || norm_e < tiny || norm_t < tiny,
+          norm_e / norm_x,
+          -2 * t_g / t_t,
+          2 * v_g,
+          1 / norm_x,
           1 / norm_e};
 }
 

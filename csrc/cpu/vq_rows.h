@@ -49,8 +49,8 @@ struct SegmentTile {
   const R* start;                 // [K + 1]
   const void* weights = nullptr;  // [N], fp64 or fp32; null: 1
   bool weights_f64, skip_nonfinite;
-  double scale[2];       // fixed point: a value is multiplied by both, then rounded
-  void *counts, *sums;   // [K] or null: not wanted, [K, D]
+  double scale[2];      // fixed point: a value is multiplied by both, then rounded
+  void *counts, *sums;  // [K] or null: not wanted, [K, D]
   int64_t codes, dims, out_begin;
   bool out_f64;
 };

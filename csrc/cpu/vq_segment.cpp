@@ -73,7 +73,8 @@ int64_t first_code(const Order<R>& order, int64_t codes, int64_t t, int64_t task
 template <class T, class R>
 void sum_all(const VqSegmentSum& call, const Order<R>& order, const SegmentTile<T, R>& whole, ParallelFor parallel) {
   const int64_t rows = static_cast<int64_t>(order.start[call.codes]);
-  const int64_t tasks = std::clamp<int64_t>((rows + call.codes) * whole.n / kChunk, 1, std::min<int64_t>(call.codes, 512));
+  const int64_t tasks =
+      std::clamp<int64_t>((rows + call.codes) * whole.n / kChunk, 1, std::min<int64_t>(call.codes, 512));
   // Where one code has a good part of all rows, its dims are shared out too.
   const int64_t group = 4 * order.longest > rows && whole.n > 16 && rows * whole.n > kSerial ? 16 : whole.n;
   parallel_for(parallel, tasks * ceil_div(whole.n, group), [&](int64_t task) {

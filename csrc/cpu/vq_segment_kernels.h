@@ -25,7 +25,8 @@ VAEOPS_INLINE void add_row(double* __restrict sums, const T* __restrict row, int
 }
 // Adding 1.5 * 2^52 rounds to an integer, which then stands in the low bits of the sum.
 template <class T>
-VAEOPS_INLINE void add_row_fixed(int64_t* __restrict sums, const T* __restrict row, int64_t n, const double (&scale)[2]) {
+VAEOPS_INLINE void add_row_fixed(int64_t* __restrict sums, const T* __restrict row, int64_t n,
+                                 const double (&scale)[2]) {
   for (int64_t d = 0; d < n; ++d) {
     double value = wide(row[d]) * scale[0] * scale[1];
     value = value > -0x1p36 ? value : -0x1p36;
@@ -37,9 +38,16 @@ VAEOPS_INLINE void add_row_fixed(int64_t* __restrict sums, const T* __restrict r
   }
 }
 
-template <class C>
-VAEOPS_INLINE void store_sums(const double* sums, int64_t n, C* out) {
-  for (int64_t d = 0; d < n; ++d) out[d] = static_cast<C>(sums[d]);
+// The results of code k; no sums: zeros.
+template <class C, class Tile>
+VAEOPS_INLINE void store_code(const Tile& t, int64_t k, double count, const double* __restrict sums) {
+  C* __restrict const out = static_cast<C*>(t.sums) + k * t.dims + t.out_begin;
+  if (sums == nullptr) {
+    __builtin_memset(out, 0, static_cast<size_t>(t.n) * sizeof(C));
+  } else {
+    for (int64_t d = 0; d < t.n; ++d) out[d] = static_cast<C>(sums[d]);
+  }
+  if (t.counts != nullptr) static_cast<C*>(t.counts)[k] = static_cast<C>(count);
 }
 
 // Codes [first, last); `sums` holds n elements.
@@ -48,7 +56,8 @@ static void sum_codes(const SegmentTile<T, R>& t, int64_t first, int64_t last, d
   const int64_t n = t.n;
   for (int64_t k = first; k < last; ++k) {
     double count = 0;
-    for (int64_t d = 0; d < n; ++d) sums[d] = 0;
+    const double* const used = t.start[k] < t.start[k + 1] ? sums : nullptr;
+    for (int64_t d = 0; used != nullptr && d < n; ++d) sums[d] = 0;
     for (int64_t at = t.start[k]; at < static_cast<int64_t>(t.start[k + 1]); ++at) {
       const T* const row = next_row(t, at);
       if (t.skip_nonfinite && any_not_finite(row, t.width)) continue;
@@ -62,14 +71,7 @@ static void sum_codes(const SegmentTile<T, R>& t, int64_t first, int64_t last, d
         add_row(sums, row + t.begin, n, weight);
       }
     }
-    const int64_t out = k * t.dims + t.out_begin;
-    if (t.out_f64) {
-      store_sums(sums, n, static_cast<double*>(t.sums) + out);
-      if (t.counts != nullptr) static_cast<double*>(t.counts)[k] = count;
-    } else {
-      store_sums(sums, n, static_cast<float*>(t.sums) + out);
-      if (t.counts != nullptr) static_cast<float*>(t.counts)[k] = static_cast<float>(count);
-    }
+    t.out_f64 ? store_code<double>(t, k, count, used) : store_code<float>(t, k, count, used);
   }
 }
 

@@ -13,7 +13,7 @@ namespace py = pybind11;
 
 namespace {
 
-const char* const kIsaNames[] = {"scalar", "avx2", "avx512"};
+const char* const kIsaNames[] = {"scalar", "avx2", "avx512", "amx"};
 
 // A function of the operator library that torch has already loaded.
 template <class Function>
@@ -74,12 +74,12 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "set_isa",
       [](const std::string& library, const std::string& name) {
-        for (int32_t i = 0; i < 3; ++i) {
+        for (int32_t i = 0; i < 4; ++i) {
           if (name != kIsaNames[i]) continue;
           if (loaded<int32_t(int32_t)>(library, "vaeops_set_isa")(i) == 1) return;
           throw std::invalid_argument("set_isa: this machine has no " + name);
         }
-        throw std::invalid_argument("set_isa: name must be scalar, avx2 or avx512, got " + name);
+        throw std::invalid_argument("set_isa: name must be scalar, avx2, avx512 or amx, got " + name);
       },
       py::arg("library"), py::arg("name"), "makes the CPU kernels use a lesser instruction set (for tests)");
 }

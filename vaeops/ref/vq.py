@@ -104,6 +104,14 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.where(result.isfinite(), result, a * b + c)
 
 
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded fp64 root; torch's is one ulp off in places. x >= 0."""
+    root = x.sqrt()
+    square, tail = _two_product(root, root)
+    step = ((x - square) - tail) / (2 * root)
+    return torch.where(step.isfinite(), root + step, root)
+
+
 def _chain(a: Tensor, b: Tensor, exact_products: bool) -> Tensor:
     """sum_d a[d] b[d], d in order from 0, each step one fma; the tensors of d broadcast together."""
     total = torch.zeros(
@@ -119,13 +127,14 @@ def _scores(x: Tensor, codebook: Tensor, metric: int) -> Iterator[tuple[slice, T
     exact_products = compute_dtype(x, codebook) is torch.float32
     codes = codebook.double().t().contiguous()  # [D, K]
     h = _chain(codes, codes, exact_products)
+    norm = _sqrt(h)
     choosable = codes.isfinite().all(0) & ((h > 0) if metric == 1 else True)
     step = max(1, _CHUNK // codebook.shape[0])
     for start in range(0, x.shape[0], step):
         rows = slice(start, min(start + step, x.shape[0]))
         part = x[rows].double()
         t = _chain(part.t().unsqueeze(2), codes.unsqueeze(1), exact_products)
-        s = 0.5 * h - t if metric == 0 else -t / h.sqrt() if metric == 1 else -t
+        s = 0.5 * h - t if metric == 0 else -t / norm if metric == 1 else -t
         usable = choosable & part.isfinite().all(1, keepdim=True) & ~s.isnan()
         yield rows, torch.where(usable, s, math.inf)
 
@@ -216,6 +225,7 @@ def vq_gather_bwd(
     which falls back to gq where |x|, |e| or |u + v| < 1e-6.
     Source of the rotation: Fifty et al., "Restructuring Vector Quantization with the Rotation Trick", 2024.
     """
+    _check_indices(indices, codebook.shape[0])
     dtype = compute_dtype(x, codebook)
     v = x.to(dtype)
     e = codebook[indices.clamp(min=0).long()].to(dtype)
@@ -312,7 +322,7 @@ def vector_quantize(x, codebook, *, metric="l2", estimator="ste", mask=None, cha
     quantized = vq_gather(indices, codebook.detach(), fixed, 0.0, NO_LOSS)[0]
     through = rows.masked_fill(unused, 0)
     if estimator == "rotation":
-        through = _rotated(rows.to(dtype), e.detach().to(dtype)).masked_fill(unused, 0).to(x.dtype)
+        through = rotated(rows.to(dtype), e.detach().to(dtype)).masked_fill(unused, 0).to(x.dtype)
     if estimator != "none":
         quantized = quantized + (through - through.detach())  # adds exactly 0
     counts = sums = None
@@ -329,7 +339,7 @@ def vector_quantize(x, codebook, *, metric="l2", estimator="ste", mask=None, cha
     )
 
 
-def _rotated(x: Tensor, e: Tensor) -> Tensor:
+def rotated(x: Tensor, e: Tensor) -> Tensor:
     """The rotation and rescaling that carry x to e, as a linear map of x."""
     fixed = x.detach()
     norm_x, norm_e = fixed.norm(dim=-1, keepdim=True), e.norm(dim=-1, keepdim=True)

@@ -64,7 +64,7 @@ class _Quantize(Function):
             ge = (2 * w * (counts.unsqueeze(1) * codebook - sums)).to(codebook.dtype)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             causes = (gq, g_commit, g_codebook, x, codebook)
-            gx, ge = (None if g is None else _Once.apply(g, *causes) for g in (gx, ge))
+            gx, ge = (None if g is None else Once.apply("vector_quantize", g, *causes) for g in (gx, ge))
         return gx, ge, None, None, None, None
 
 
@@ -75,23 +75,25 @@ def _per_element(g: Tensor, x: Tensor, indices: Tensor, reduction: int) -> Tenso
     return g / (x.shape[-1] * (indices >= 0).sum().clamp(min=1)) if reduction == 1 else g
 
 
-class _Once(Function):
-    """The identity on a gradient, whose own derivative, by whichever of its causes, is an error."""
+class Once(Function):
+    """The identity on a gradient of `op`, whose own derivative, by whichever of its causes, is an error."""
 
     @staticmethod
-    def forward(gradient, *causes):
+    def forward(op, gradient, *causes):
         return gradient.view_as(gradient)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        ctx.op = inputs[0]
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(
-            "vector_quantize: there is no double backward, its gradients are surrogates; "
-            "vq_lookup has one, to the codebook"
-        )
+        raise RuntimeError(f"{ctx.op}: there is no double backward")
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """bool [*R]: rows [*R, D] without NaN and Inf. By their largest |x|: no array of x's size is made."""
+    return torch.linalg.vector_norm(x.detach(), ord=float("inf"), dim=-1).isfinite()
 
 
 def row_absmax(x: Tensor, indices: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ def row_absmax(x: Tensor, indices: Tensor) -> Tensor:
 
     With several processes, its maximum over all of them is what `statistics` needs.
     """
-    # Of each row first: no |x| is stored. Not finite where the row is not.
+    # Of each row first, as in finite_rows.
     largest = torch.linalg.vector_norm(x.detach(), ord=float("inf"), dim=-1)
     counted = (indices >= 0) & largest.isfinite()
     largest = torch.where(counted, largest, 0).flatten()
@@ -165,7 +167,8 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, metric: str = "l2", estimato
         with a NaN or Inf element has NaN in quantized and in the losses, and never touches the statistics
         nor the codebook's gradient.
         Saved for backward: x, codebook, indices (and fp64 statistics where stats and the codebook's gradient
-        are both wanted). Forward memory beyond inputs and outputs is O(N + K D).
+        are both wanted). With stats and a codebook that needs no gradient, a copy of it is saved, so that
+        `vq_ema_` may follow before backward. Forward memory beyond inputs and outputs is O(N + K D).
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is taken; the same under torch.compile.
@@ -204,6 +207,8 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, metric: str = "l2", estimato
     if wants_codebook or (torch.is_grad_enabled() and rows.requires_grad):
         if torch.compiler.is_compiling() and rows is codebook:
             rows = rows.view_as(rows)  # Dynamo refuses a Function that is given one tensor twice
+        if stats and not wants_codebook:
+            codebook = fixed_codebook.clone()  # vq_ema_ may change the codebook before backward
         quantized, commit, codebook_loss = _Quantize.apply(
             rows, codebook, indices, wide_counts, wide_sums, options
         )
