@@ -34,8 +34,12 @@ class Case(Protocol):
     small: bool  # belongs to `--quick` and to the plain `pytest bench`
     elements: int
     dtype: torch.dtype
-    bytes_forward: int  # of the fused kernel: every input read once, every output written once
-    bytes_backward: int  # 0: the case has no backward
+    # What bounds the fused kernel: "copy" (its work is bytes: every input read once, every output written
+    # once) or "matmul" (its work is floating-point operations).
+    ceiling: str
+    work_forward: int
+    work_backward: int  # 0: the case has no backward
+    memory: str  # what is told of a CPU's memory: "kept" for backward, or the "peak" above the inputs
 
     def inputs(self, device: torch.device) -> Inputs: ...
 

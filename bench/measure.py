@@ -2,10 +2,12 @@
 
 import gc
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,9 @@ from .case import Case, Inputs, Row, cotangents
 MIN_CALLS, MAX_CALLS = 3, 2000  # of one row in one round
 WARM_ROUNDS = 1
 TURN_SECONDS = 0.03  # of one row in one round
+STATUS = Path("/proc/self/status")
 CEILING_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # of one buffer: past any cache
+CEILING_WIDTH = {"cpu": 2048, "cuda": 8192}  # of a square matrix
 
 
 class Timing(NamedTuple):
@@ -83,7 +87,7 @@ def steps(case: Case, row: Row, sets: list[Inputs]) -> dict[str, Callable[[int],
     def forward(i: int) -> None:
         row.call(*calls[i % len(calls)])
 
-    if not (case.bytes_backward and row.backward):
+    if not (case.work_backward and row.backward):
         return {"forward": forward}
     outputs = row.call(*calls[0])
     grads = [cotangents(outputs, s) for s in sets]
@@ -117,16 +121,46 @@ def interleaved(work: dict[tuple[str, str], Callable[[int], object]], rounds: in
     return {key: Timing.of(values) for key, values in seconds.items()}
 
 
-def copy_ceiling(device: torch.device, rounds: int, size: int) -> Timing:
-    """Seconds of a plain copy between two resident buffers of `size` bytes; it moves 2 * size."""
-    source = torch.ones(size // 4, device=device)
-    target = torch.empty_like(source)
-    work = {("copy", "forward"): lambda i: target.copy_(source)}
-    return interleaved(work, rounds, TURN_SECONDS, device)["copy", "forward"]
+def ceiling(kind: str, device: torch.device, rounds: int, quick: bool) -> tuple[Timing, int]:
+    """What the machine does at best, and how much work that is.
+
+    "copy": a plain copy, bytes read and written. "matmul": the product of two square matrices, operations, in
+    fp32 or, where that is faster, bf16.
+    """
+    if kind == "copy":
+        source = torch.ones(CEILING_BYTES[device.type] // (16 if quick else 1) // 4, device=device)
+        target = torch.empty_like(source)
+        steps, amount = {"copy": lambda i: target.copy_(source)}, 2 * source.nbytes
+    else:
+        width = CEILING_WIDTH[device.type] // (4 if quick else 1)
+        matrices = [torch.randn(width, width, device=device).to(d) for d in (torch.float32, torch.bfloat16)]
+        steps, amount = {str(m.dtype): lambda i, m=m: m @ m for m in matrices}, 2 * width**3
+    work = {(name, "forward"): step for name, step in steps.items()}
+    return min(
+        interleaved(work, rounds, TURN_SECONDS, device).values(), key=lambda timing: timing.min
+    ), amount
+
+
+def _peak(step: Callable[[int], object]) -> int:
+    """Growth of resident memory during a call, its results included; 0 where there is no Linux /proc."""
+    import vaeops
+
+    def status(field: str) -> int:
+        return int(re.search(rf"^{field}:\s*(\d+) kB", STATUS.read_text(), re.M)[1]) * 1024  # type: ignore[index]
+
+    if not STATUS.exists():
+        return 0
+    step(0)  # what the first call sets up is not the op's
+    gc.collect()
+    vaeops.empty_cache()
+    STATUS.with_name("clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    step(0)
+    return max(0, status("VmHWM") - before)
 
 
 def memory(case: Case, row: Row, inputs: Inputs) -> int:
-    """CPU: bytes kept for backward, inputs included, each storage once. GPU: peak bytes above the inputs'."""
+    """CPU: what `case.memory` says; "kept" counts the inputs too. GPU: peak bytes above the inputs'."""
     leaves = inputs.leaves if row.backward else tuple(t.detach() for t in inputs.leaves)
     device = leaves[0].device if leaves else None
     if device is not None and device.type == "cuda":
@@ -136,6 +170,8 @@ def memory(case: Case, row: Row, inputs: Inputs) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         step(0)
         return torch.cuda.max_memory_allocated(device) - before
+    if case.memory == "peak":
+        return _peak(list(steps(case, row, [inputs]).values())[-1])
     kept = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from .text import UNITS
+
 CASE_SHAPE = re.compile(r"(?P<family>[\w-]+)/(?P<prefix>packed-)?(?P<shape>[\dx^]+)(?P<kind>.*)")
 
 
@@ -80,16 +82,18 @@ def _bars(rows: list[dict], value: str, scale: float, label: str, title: str, pa
 def draw(rows: list[dict], folder: Path, machine: str, threads: int) -> list[Path]:
     """Three PNGs of one machine's rows at one number of threads; returns their paths."""
     rows = _last_direction([r for r in rows if r["machine"] == machine and int(r["threads"]) == threads])
-    ceiling = [r for r in rows if r["case"] == "machine/copy"]
-    rows = [r for r in rows if r["case"] != "machine/copy"]
+    ceilings = {r["ceiling"]: float(r["g_per_s"]) for r in rows if r["case"].startswith("machine/")}
+    rows = [r for r in rows if not r["case"].startswith("machine/")]
     if not rows:
         raise ValueError(f"no rows of {machine} with {threads} threads to draw")
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{machine}-{name}.png" for name in ("time", "share", "memory")]
     title = f"{machine}, {threads} CPU threads"
     _time_by_size(rows, title, paths[0])
-    copy = f" ({float(ceiling[0]['gb_per_s']):.0f} GB/s)" if ceiling else ""
-    _bars(rows, "share_of_copy", 100, f"fused traffic over time, % of a plain copy{copy}", title, paths[1])
+    bounds = ", ".join(f"{name} {rate:.0f} {UNITS[name]}" for name, rate in ceilings.items())
+    _bars(
+        rows, "share", 100, f"the fused kernel's work over time, % of the ceiling ({bounds})", title, paths[1]
+    )
     _bars(
         [r for r in rows if int(r["memory_bytes"])],
         "memory_bytes",

@@ -48,7 +48,7 @@ def table(rows: list[dict], family: str, threads: str | None, where: str) -> str
     rivals = list(dict.fromkeys(r["row"] for r in rows if not _ours(r)))
     names.sort(key=lambda name: name.startswith("vaeops"))
     memory = any(int(r["memory_bytes"]) for r in rows)
-    head = ["case", *names, *(f"x {name}" for name in rivals), "share of copy"]
+    head = ["case", *names, *(f"x {name}" for name in rivals), f"share of {rows[0]['ceiling']}"]
     head += [f"memory, {rivals[0]} → ours"] if memory and rivals else []
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for case in dict.fromkeys(r["case"] for r in rows):
@@ -61,7 +61,7 @@ def table(rows: list[dict], family: str, threads: str | None, where: str) -> str
         cells += [_time(here.get(name), longest) for name in names]
         for name in rivals:
             cells.append("" if ours is None or name not in here else _ratio(here[name], ours))
-        cells.append(f"{float(ours['share_of_copy']):.0%}" if ours else "")
+        cells.append(f"{float(ours['share']):.0%}" if ours else "")
         if memory and rivals:
             first = here.get(rivals[0])
             cells.append(

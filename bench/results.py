@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "bench" / "results"
 FIELDS = (
     "commit", "versions", "machine", "date", "threads", "case", "row", "direction", "median_us", "p20_us",
-    "p80_us", "min_us", "rounds", "gb_per_s", "share_of_copy", "elements", "bytes", "memory_bytes",
+    "p80_us", "min_us", "rounds", "ceiling", "work", "g_per_s", "share", "elements", "memory_bytes",
 )  # fmt: skip
 
 

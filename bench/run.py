@@ -4,9 +4,10 @@
 
 Each row is first checked against the fp64 reference; a wrong one prints no time and makes the exit status 1.
 Rounds of all rows are interleaved in rotating order. A speed-up is the rival's FASTEST round over our MEDIAN.
-GB/s counts the bytes that a fused kernel has to move, whatever a row really moves. Its share is of a plain
-copy measured in the same run; above 100 % the data came from a cache. Memory: on a CPU the bytes kept for
-backward, on a GPU the peak above the inputs.
+G/s counts the work of the fused kernel, whatever a row really does: bytes where a plain copy bounds it,
+floating-point operations where matrix products do. Its share is of that ceiling, measured in the same run;
+above 100 % of a copy the data came from a cache. Memory: on a CPU the bytes kept for backward or the peak
+above the inputs, as the case says, on a GPU the peak.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from bench import measure, results
 from bench.case import COMPILE, Case, Inputs, Row
 from bench.cases import ALL, select
 from bench.measure import Timing
-from bench.text import bytes_text, time_text
+from bench.text import UNITS, bytes_text, time_text
 
 QUICK_TURN_SECONDS = 0.002
 
@@ -85,7 +86,7 @@ def checked(case: Case, device: torch.device, compiled: bool, inputs: Inputs) ->
     return good, all_right
 
 
-def run_case(case: Case, args: argparse.Namespace, ceiling: float) -> tuple[list[dict], bool]:
+def run_case(case: Case, args: argparse.Namespace, ceilings: dict[str, float]) -> tuple[list[dict], bool]:
     """Check, time and print one case. (rows for the CSV, whether every row was right)"""
     print(f"\n{case.family}/{case.name}")
     torch.manual_seed(0)
@@ -102,29 +103,32 @@ def run_case(case: Case, args: argparse.Namespace, ceiling: float) -> tuple[list
     timings = measure.interleaved(work, args.rounds, turn, args.device)
     ours = {row.name for row in rows if row.ours}
     print(f"  {'row':22s} {'direction':17s} {'median':>9s} {'p20':>9s} {'p80':>9s} {'min':>9s} "
-          f"{'GB/s':>7s} {'share':>6s} {'elem/ns':>8s}  memory")  # fmt: skip
+          f"{UNITS[case.ceiling]:>7s} {'share':>6s} {'elem/ns':>8s}  memory")  # fmt: skip
     stored = []
     for (name, direction), timing in timings.items():
-        size = case.bytes_forward + (case.bytes_backward if "backward" in direction else 0)
-        rate = size / timing.median
+        amount = case.work_forward + (case.work_backward if "backward" in direction else 0)
+        row = csv_row(name, direction, timing, case.ceiling, amount, ceilings)
         times = " ".join(f"{time_text(t):>9s}" for t in (timing.median, timing.p20, timing.p80, timing.min))
-        print(f"  {name:22s} {direction:17s} {times} {rate / 1e9:7.2f} {rate / ceiling:6.1%} "
+        print(f"  {name:22s} {direction:17s} {times} {float(row['g_per_s']):7.2f} {float(row['share']):6.1%} "
               f"{case.elements / timing.median / 1e9:8.4f}  {bytes_text(kept[name])}"
               f"{_against(name, direction, timings, ours)}")  # fmt: skip
-        row = csv_row(name, direction, timing, size, rate, ceiling)
         stored.append(row | {"elements": case.elements, "memory_bytes": kept[name]})
     return stored, right
 
 
-def csv_row(name: str, direction: str, timing: Timing, size: int, rate: float, ceiling: float) -> dict:
+def csv_row(
+    name: str, direction: str, timing: Timing, ceiling: str, amount: int, ceilings: dict[str, float]
+) -> dict:
+    rate = amount / timing.median
     return {
         "row": name,
         "direction": direction,
         **timing.microseconds(),
         "rounds": timing.rounds,
-        "bytes": size,
-        "gb_per_s": f"{rate / 1e9:.3f}",
-        "share_of_copy": f"{rate / ceiling:.4f}",
+        "ceiling": ceiling,
+        "work": amount,
+        "g_per_s": f"{rate / 1e9:.3f}",
+        "share": f"{rate / ceilings[ceiling]:.4f}",
     }
 
 
@@ -155,21 +159,20 @@ def main(argv: list[str] | None = None) -> int:
         "commit": results.commit(), "versions": results.versions(), "machine": name, "date": results.today(),
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-    size = measure.CEILING_BYTES[args.device.type] // (16 if args.quick else 1)
-    copy = measure.copy_ceiling(args.device, args.rounds, size)
-    ceiling = 2 * size / copy.min
     print(f"{name}, {common['threads']} CPU threads; {common['versions']}; commit {common['commit']}")
-    print(f"{args.rounds} rounds; copy ceiling {ceiling / 1e9:.1f} GB/s (read + write, {bytes_text(size)})")
-    if args.quick:
-        print(f"--quick leaves {COMPILE} out")
-    if out is not None:
-        row = csv_row("torch.Tensor.copy_", "forward", copy, 2 * size, ceiling, ceiling)
-        results.store(
-            out, common | {"case": "machine/copy"}, [row | {"elements": size // 4, "memory_bytes": 0}]
-        )
+    print(f"{args.rounds} rounds" + f"; --quick leaves {COMPILE} out" * args.quick)
+    ceilings = {}
+    for kind in sorted({case.ceiling for case in args.cases}):
+        timing, amount = measure.ceiling(kind, args.device, args.rounds, args.quick)
+        ceilings[kind] = amount / timing.min
+        print(f"{kind} ceiling {ceilings[kind] / 1e9:.1f} {UNITS[kind]}")
+        if out is not None:
+            row = csv_row(f"torch {kind}", "forward", timing, kind, amount, ceilings)
+            common_row = common | {"case": f"machine/{kind}"}
+            results.store(out, common_row, [row | {"elements": 0, "memory_bytes": 0}])
     all_right = True
     for case in args.cases:
-        rows, right = run_case(case, args, ceiling)
+        rows, right = run_case(case, args, ceilings)
         all_right &= right
         if out is not None:  # after every case: an interrupted run keeps what it has
             results.store(out, common | {"case": f"{case.family}/{case.name}"}, rows)

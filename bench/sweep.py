@@ -39,7 +39,7 @@ CASES = [
 ]
 FIELDS = (
     "commit", "versions", "machine", "date", "case", "direction", "elements", "warps", "present", "median_us",
-    "p20_us", "p80_us", "min_us", "rounds", "gb_per_s",
+    "p20_us", "p80_us", "min_us", "rounds", "g_per_s",
 )  # fmt: skip
 
 
@@ -77,14 +77,14 @@ def sweep(case: Case, layout: ModuleType, device: torch.device, rounds: int) -> 
     found = []
     for (name, direction), timing in sorted(timings.items(), key=lambda item: (item[0][1], item[1].median)):
         elements, warps = map(int, name.split())
-        size = case.bytes_forward + (case.bytes_backward if "backward" in direction else 0)
+        size = case.work_forward + (case.work_backward if "backward" in direction else 0)
         mark = (elements, warps) == tuple(present(case.dtype))
         print(f"  {direction:17s} {elements:5d} elements {warps} warps  {time_text(timing.median):>9s}  "
               f"{size / timing.median / 1e9:7.1f} GB/s{'  (present)' if mark else ''}")  # fmt: skip
         found.append({
             "case": f"{case.family}/{case.name}", "direction": direction, "elements": elements,
             "warps": warps, "present": int(mark), "rounds": timing.rounds, **timing.microseconds(),
-            "gb_per_s": f"{size / timing.median / 1e9:.3f}",
+            "g_per_s": f"{size / timing.median / 1e9:.3f}",
         })  # fmt: skip
     return found
 

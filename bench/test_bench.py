@@ -17,7 +17,7 @@ def pytest_generate_tests(metafunc):
     for case in ALL:
         if case.small or large:
             for row in case.rows(DEVICE, compiled=large):
-                both = case.bytes_backward and row.backward
+                both = case.work_backward and row.backward
                 for direction in ("forward", *(["forward+backward"] if both else [])):
                     name = f"{case.family}/{case.name}-{row.name}-{direction}"
                     params.append(pytest.param(case, row, direction, id=name))

@@ -1,5 +1,7 @@
 """Times and sizes for people."""
 
+UNITS = {"copy": "GB/s", "matmul": "GFLOP/s"}  # of a ceiling, and of the work that it bounds
+
 
 def time_text(seconds: float) -> str:
     unit, scale = ("us", 1e6) if seconds < 1e-3 else ("ms", 1e3) if seconds < 1 else ("s", 1)

@@ -53,6 +53,8 @@ class GaussianCase:
     packed: bool = False
     small: bool = False
     wrapper: bool = False  # so small that only the cost of a call shows: adds rows that take the call apart
+    ceiling: str = "copy"
+    memory: str = "kept"
 
     @property
     def family(self) -> str:
@@ -69,11 +71,11 @@ class GaussianCase:
         return math.prod(self.shape)
 
     @property
-    def bytes_forward(self) -> int:  # mu, logvar in; z out
+    def work_forward(self) -> int:  # mu, logvar in; z out
         return 3 * self.dtype.itemsize * self.elements
 
     @property
-    def bytes_backward(self) -> int:  # the gradient of z, mu, logvar in; their gradients out
+    def work_backward(self) -> int:  # the gradient of z, mu, logvar in; their gradients out
         return 5 * self.dtype.itemsize * self.elements
 
     def inputs(self, device: torch.device) -> Inputs:

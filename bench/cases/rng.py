@@ -32,10 +32,12 @@ class NormalCase:
     small: bool
     family: str = "rng"
     dtype: torch.dtype = torch.float32
-    bytes_backward: int = 0
+    ceiling: str = "copy"
+    work_backward: int = 0
+    memory: str = "kept"
 
     @property
-    def bytes_forward(self) -> int:
+    def work_forward(self) -> int:
         return 4 * self.elements
 
     def inputs(self, device: torch.device) -> Inputs:

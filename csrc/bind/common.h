@@ -75,6 +75,7 @@ inline void row_major(const int64_t* sizes, int64_t rank, int64_t (&strides)[kMa
   }
 }
 
+// Row-major.
 inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t rank, ScalarType dtype) {
   int64_t strides[kMaxRank];
   row_major(sizes, rank, strides);

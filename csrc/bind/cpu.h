@@ -1,5 +1,7 @@
 // How a binding runs a call on CPU tensors.
 #pragma once
+#include <algorithm>
+
 #include "bind/common.h"
 
 namespace vaeops::bind {

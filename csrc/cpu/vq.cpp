@@ -53,6 +53,23 @@ class Codes {
   const C* code_[kTileRows];
 };
 
+// A sum that keeps what its additions lose (Knuth's two-sum), so that losses in fp64 are as good as their rows.
+struct Total {
+  double sum = 0, lost = 0;
+  int64_t rows = 0;
+  void add(double x) {
+    const double next = sum + x, added = next - sum;
+    lost += (sum - (next - added)) + (x - added);
+    sum = next;
+  }
+  void add(const Total& other) {
+    add(other.sum);
+    lost += other.lost;
+    rows += other.rows;
+  }
+  double value() const { return std::isfinite(sum) ? sum + lost : sum; }
+};
+
 template <class Body>
 void for_each_task(const Shape& shape, int64_t dims, ParallelFor parallel, const Body& body) {
   const int64_t rows = rows_of_task(dims);
@@ -88,14 +105,12 @@ void gather_typed(const VqGather& call, ParallelFor parallel) {
   const int64_t tile_rows = direct ? rows_in_place(dims) : rows_in_buffer(dims);
   const int64_t tasks = ceil_div(shape.n, rows_of_task(dims));
   const bool reduced = call.reduction == RowReduction::mean || call.reduction == RowReduction::sum;
-  std::vector<double> sums(static_cast<size_t>(reduced ? tasks : 0));
-  std::vector<int64_t> valid(sums.size());
+  std::vector<Total> totals(static_cast<size_t>(reduced ? tasks : 0));
   for_each_task(shape, dims, parallel, [&](int64_t task, int64_t begin, int64_t end) {
     Codes<C> codes(call.codebook, call.codebook_dtype, dims, call.indices, tile_rows);
     const auto x = buffer_of<C>(direct ? 0 : tile_rows * dims), quantized = buffer_of<C>(direct ? 0 : tile_rows * dims);
     C loss[kTileRows];
-    double sum = 0;
-    int64_t count = 0;
+    Total total;
     for_each_piece(shape, begin, end, tile_rows, [&](int64_t first, int64_t n) {
       const C* const* code = codes.of(first, n);
       const RowSpan<const T> from = span_of<const T>(call.x, shape, first);
@@ -112,25 +127,20 @@ void gather_typed(const VqGather& call, ParallelFor parallel) {
       for (int64_t r = 0; r < n; ++r) {
         if (call.reduction == RowReduction::none)
           static_cast<C*>(call.loss)[first + r] = loss[r] / static_cast<C>(dims);
-        sum += loss[r];
-        count += code[r] != nullptr;
+        total.add(loss[r]);
+        total.rows += code[r] != nullptr;
       }
     });
-    if (reduced) {
-      sums[task] = sum;
-      valid[task] = count;
-    }
+    if (reduced) totals[task] = total;
   });
   if (!reduced) return;
-  double sum = 0;
-  int64_t count = 0;
-  for (int64_t task = 0; task < tasks; ++task) {
-    sum += sums[task];
-    count += valid[task];
+  Total total;
+  for (const Total& t : totals) total.add(t);
+  double value = total.value();
+  if (call.reduction == RowReduction::mean) {
+    value /= static_cast<double>(dims) * static_cast<double>(std::max<int64_t>(total.rows, 1));
   }
-  if (call.reduction == RowReduction::mean)
-    sum /= static_cast<double>(dims) * static_cast<double>(std::max<int64_t>(count, 1));
-  *static_cast<C*>(call.loss) = static_cast<C>(sum);
+  *static_cast<C*>(call.loss) = static_cast<C>(value);
 }
 
 template <class T, class C>
