@@ -15,6 +15,11 @@ VAEOPS_INLINE V vfma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
 VAEOPS_INLINE V vsqrt(V x) { return _mm512_sqrt_pd(x); }
 VAEOPS_INLINE F least(F a, F b) { return _mm512_min_ps(a, b); }  // b where either is NaN
 VAEOPS_INLINE uint32_t not_above(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NGT_UQ); }
+VAEOPS_INLINE float sum_vector(F x) { return _mm512_reduce_add_ps(x); }
+VAEOPS_INLINE float least_lane(F x) { return _mm512_reduce_min_ps(x); }
+VAEOPS_INLINE V vleast(V a, V b) { return _mm512_min_pd(a, b); }
+VAEOPS_INLINE double least_lane(V x) { return _mm512_reduce_min_pd(x); }
+VAEOPS_INLINE uint32_t equal(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ); }
 #elif VAEOPS_ISA == 1
 using V = __m256d;
 constexpr int kDoubles = 4;
@@ -31,6 +36,24 @@ VAEOPS_INLINE F least(F a, F b) { return _mm256_min_ps(a, b); }
 VAEOPS_INLINE uint32_t not_above(F a, F b) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NGT_UQ)));
 }
+VAEOPS_INLINE float sum_vector(F x) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+VAEOPS_INLINE float least_lane(F x) {
+  const __m128 four = _mm_min_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
+}
+VAEOPS_INLINE V vleast(V a, V b) { return _mm256_min_pd(a, b); }
+VAEOPS_INLINE double least_lane(V x) {
+  const __m128d two = _mm_min_pd(_mm256_castpd256_pd128(x), _mm256_extractf128_pd(x, 1));
+  return _mm_cvtsd_f64(_mm_min_sd(two, _mm_unpackhi_pd(two, two)));
+}
+VAEOPS_INLINE uint32_t equal(V a, V b) {
+  return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_EQ_OQ)));
+}
 #else
 using V = double;
 constexpr int kDoubles = 1;
@@ -45,6 +68,11 @@ VAEOPS_INLINE V vfma(V a, V b, V c) { return __builtin_fma(a, b, c); }
 VAEOPS_INLINE V vsqrt(V x) { return __builtin_sqrt(x); }
 VAEOPS_INLINE F least(F a, F b) { return a < b ? a : b; }
 VAEOPS_INLINE uint32_t not_above(F a, F b) { return !(a > b); }
+VAEOPS_INLINE float sum_vector(F x) { return x; }
+VAEOPS_INLINE float least_lane(F x) { return x; }
+VAEOPS_INLINE V vleast(V a, V b) { return a < b ? a : b; }
+VAEOPS_INLINE double least_lane(V x) { return x; }
+VAEOPS_INLINE uint32_t equal(V a, V b) { return a == b; }
 #endif
 
 // a b + c in one rounding. Products of two fp32 are exact in fp64, so without an fma instruction two roundings do.
@@ -55,13 +83,6 @@ VAEOPS_INLINE V chain(V a, V b, V c) {
 }
 // In fp32, where the bound covers one rounding or two.
 VAEOPS_INLINE F accumulate(F a, F b, F c) { return VAEOPS_ISA == 0 ? a * b + c : fma(a, b, c); }
-
-VAEOPS_INLINE float sum_vector(F x) {
-  float lanes[kWidth], sum = 0;
-  store(lanes, x);
-  for (int i = 0; i < kWidth; ++i) sum += lanes[i];
-  return sum;
-}
 
 // Packs the group's codes from `columns` [D][16]. `scratch` holds 32 * max(slots, D) bytes.
 template <class E>
@@ -239,10 +260,11 @@ static void pack_block(const VqPlan& p, int64_t block, double* columns64 /* [D][
   }
 }
 
-// Row n of x, whose elements lie `step` apart, as operand `i` of pass 1. `v` holds D + 16 floats.
+// Row i of the task as an operand of pass 1; leaves |v|^2 in rows.b and what rounding v lost, squared, in rows.a.
+// `x` are its elements, `step` apart; `v` holds D + 16 floats.
 template <class T>
 static void pack_row(const VqPlan& p, VqRows& rows, int64_t i, const T* x, int64_t step, float* v) {
-  const int64_t dims = p.dims;
+  const int64_t dims = p.dims, padded = (dims + 15) / 16 * 16;
   const bool l2 = p.call->metric == Metric::l2;
   double scale = p.scale;
   if (!l2) {  // any scale of a row's own will do
@@ -251,12 +273,9 @@ static void pack_row(const VqPlan& p, VqRows& rows, int64_t i, const T* x, int64
       const double size = __builtin_fabs(static_cast<double>(widen(x[d * step])));
       most = size > most ? size : most;
     }
-    int exponent = 0;
-    if (most > 0 && most < __builtin_inf()) (void)__builtin_frexp(most, &exponent);
-    const int limit = p.wide ? 1000 : 120;
-    exponent = exponent > limit ? limit : exponent < -limit ? -limit : exponent;
-    scale = __builtin_ldexp(1.0, -exponent);
+    scale = power_below(most, p.wide);
   }
+  rows.scale[i] = scale;
   if (p.wide) {
     for (int64_t d = 0; d < dims; ++d) {
       v[d] = static_cast<float>(static_cast<double>(widen(x[d * step])) * scale - (l2 ? p.mean[d] : 0));
@@ -269,86 +288,104 @@ static void pack_row(const VqPlan& p, VqRows& rows, int64_t i, const T* x, int64
       for (int64_t d = 0; d < dims; ++d) v[d] = static_cast<float>(widen(x[d * step])) * s - p.row_mean[d];
     }
   }
-  const int64_t padded = (dims + 15) / 16 * 16;
   for (int64_t d = dims; d < padded; ++d) v[d] = 0;
 
-  const int64_t steps = p.slots / 32, tile = i / 16 * steps * 512 + i % 16 * 32;
-  bf16* const halves = static_cast<bf16*>(rows.operands) + tile;
-  const auto slot = [&](int64_t s) -> bf16& { return halves[s / 32 * 512 + s % 32]; };
   F square = set1(0), rest = set1(0);
-  for (int64_t d = 0; d < padded; d += kWidth) {
-    const F value = load(v + d);
-    square = accumulate(value, value, square);
-    if (p.amx) {
-      bf16* const to = &slot(d);
-      store(to, value);
-      const F r = value - load(to);
-      if (p.split) store(v + d, r);
-      rest = accumulate(r, r, rest);
-    }
-  }
-  float lost = sum_vector(rest);
-  const float norm2 = sum_vector(square);
-  if (p.amx) {
-    for (int64_t s = padded; s < p.slots; ++s) slot(s).bits = 0;
-    int64_t next = dims;
-    if (p.split) {
-      lost = 0;
-      for (int64_t d = 0; d < dims; ++d) {
-        slot(dims + d) = slot(d);
-        bf16& low = slot(2 * dims + d) = to_bf16(v[d]);
-        const float r = v[d] - widen(low);
-        lost += r * r;
-      }
-      next = 3 * dims;
-    }
-    for (int part = 0; part < 3 && p.bias_slots; ++part) slot(next + part) = to_bf16(1.0f);
-  } else {
+  if (!p.amx) {
     float* const to = static_cast<float*>(rows.operands) + i * dims;
     for (int64_t d = 0; d < dims; ++d) to[d] = v[d];
-  }
-
-  const float up = kRoundUp + static_cast<float>(dims) * 0x1p-22f;
-  if (!(norm2 < kLargestNorm * kLargestNorm)) {
-    if (p.amx) {
-      for (int64_t s = 0; s < p.slots; ++s) slot(s).bits = 0;
-    } else {
-      std::memset(static_cast<float*>(rows.operands) + i * dims, 0, static_cast<size_t>(dims) * sizeof(float));
-    }
-    rows.a[i] = rows.b[i] = 0;
-    rows.slack[i] = __builtin_inff();
+    for (int64_t d = 0; d < padded; d += kWidth) square = accumulate(load(v + d), load(v + d), square);
+    rows.b[i] = sum_vector(square);
+    rows.a[i] = 0;
     return;
   }
-  const float norm = __builtin_sqrtf(norm2) * up;
-  const double xn = norm + (l2 ? p.largest : 0);  // not centred
-  const double products = xn * p.largest + (l2 ? p.largest * p.largest : 0);
-  // The last term: products that are subnormal in fp64.
-  const double own = static_cast<double>(dims + 8) * (products * 0x1p-53 + 0x1p-1074 * p.scale * scale);
-  // Beyond, the definition may overflow where pass 1 does not.
-  const double unscaled = products / scale / (p.call->metric == Metric::cosine ? 1 : p.scale);
-  rows.slack[i] = !(unscaled < 0x1p500) ? __builtin_inff()
-                  : !p.call->exact      ? 0
-                                        : static_cast<float>(2 * own) * kRoundUp;
-  rows.a[i] =
-      p.call->exact
-          ? (__builtin_sqrtf(lost) * up + norm * 0x1p-22f + static_cast<float>(p.accumulation) * norm) * kRoundUp +
-                kSmallest
-          : 0;
-  rows.b[i] = p.call->exact ? norm * (1 + 0x1p-7f) : 0;
+  const int64_t steps = p.slots / 32;
+  bf16* const halves = static_cast<bf16*>(rows.operands) + i / 16 * steps * 512 + i % 16 * 32;
+  const auto slot = [&](int64_t s) -> bf16& { return halves[(s >> 5) * 512 + (s & 31)]; };
+  for (int64_t d = 0; d < padded; d += kWidth) {
+    const F value = load(v + d);
+    bf16* const to = &slot(d);
+    store(to, value);
+    const F r = value - load(to);
+    if (p.split) store(v + d, r);
+    square = accumulate(value, value, square);
+    rest = accumulate(r, r, rest);
+  }
+  rows.b[i] = sum_vector(square);
+  rows.a[i] = sum_vector(rest);
+  for (int64_t s = padded; s < p.slots; ++s) slot(s).bits = 0;
+  int64_t next = dims;
+  if (p.split) {
+    float lost = 0;
+    for (int64_t d = 0; d < dims; ++d) {
+      slot(dims + d) = slot(d);
+      bf16& low = slot(2 * dims + d) = to_bf16(v[d]);
+      const float r = v[d] - widen(low);
+      lost += r * r;
+    }
+    rows.a[i] = lost;
+    next = 3 * dims;
+  }
+  for (int part = 0; part < 3 && p.bias_slots; ++part) slot(next + part).bits = 0x3F80;  // 1
 }
 
-// Bounds from the minima `m` [16] of row i's groups in one block; `slot` is the block's place in the panel.
-VAEOPS_INLINE void put_bounds(const VqPlan& p, const VqRows& rows, int64_t i, int64_t block, int64_t slot, int part,
-                              F m) {
-  const int64_t group = block * kBlockGroups + part * kWidth;
-  const F rest = accumulate(set1(rows.b[i]), load(p.residual + group), load(p.slack + group));
-  const F bound = accumulate(set1(rows.a[i]), load(p.norm + group), rest);
-  float* const upper = rows.upper + (i * p.upper_vectors + block % p.upper_vectors) * kBlockGroups + part * kWidth;
-  store(rows.lower + (i * kPanelBlocks + slot) * kBlockGroups + part * kWidth, m - bound);
-  store(upper, least(m + bound, load(upper)));
+// The rows' part of the bounds, from what pack_row left.
+static void bound_rows(const VqPlan& p, VqRows& rows) {
+  const float up = kRoundUp + static_cast<float>(p.dims) * 0x1p-22f, c = static_cast<float>(p.accumulation) + 0x1p-22f;
+  const bool l2 = p.call->metric == Metric::l2;
+  const double largest = p.largest, mean = l2 ? largest : 0, code = l2 ? largest * largest : 0;
+  const double code_scale = p.call->metric == Metric::cosine ? 1 : p.scale, terms = static_cast<double>(p.dims + 8);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const float square = rows.b[i], norm = __builtin_sqrtf(square) * up, scale = __builtin_sqrtf(rows.a[i]) * up;
+    const double products = (norm + mean) * largest + code;  // of operands that are not centred
+    // The last term: products that are subnormal in fp64.
+    const double own = terms * (products * 0x1p-53 + 0x1p-1074 * p.scale * rows.scale[i]);
+    // Beyond, the definition may overflow where pass 1 does not.
+    const bool settled = square < kLargestNorm * kLargestNorm && products < 0x1p500 * rows.scale[i] * code_scale;
+    rows.a[i] = (scale + norm * c) * kRoundUp + kSmallest;
+    rows.b[i] = norm * (1 + 0x1p-7f);
+    rows.slack[i] = settled ? static_cast<float>(2 * own) * kRoundUp : __builtin_inff();
+  }
+  if (!p.call->exact) {
+    for (int64_t i = 0; i < rows.count; ++i) {
+      rows.a[i] = rows.b[i] = 0;
+      if (rows.slack[i] < __builtin_inff()) rows.slack[i] = 0;
+    }
+  }
+  for (int64_t i = 0; i < rows.count; ++i) {
+    if (rows.slack[i] < __builtin_inff()) continue;
+    rows.a[i] = rows.b[i] = 0;
+    const int64_t steps = p.slots / 32;
+    for (int64_t s = 0; s < p.slots; ++s) {
+      if (p.amx) {
+        static_cast<bf16*>(rows.operands)[i / 16 * steps * 512 + i % 16 * 32 + (s >> 5) * 512 + (s & 31)].bits = 0;
+      } else {
+        static_cast<float*>(rows.operands)[i * p.slots + s] = 0;
+      }
+    }
+  }
 }
 
-// Pass 1 in fp32 over one block of codes.
+// Turns a block's minima m into bounds; `slot` is the block's place in the panel.
+static void put_bounds(const VqPlan& p, const VqRows& rows, int64_t block, int64_t slot) {
+  constexpr int kParts = kBlockGroups / kWidth;
+  const int64_t count = rows.count, step = p.upper_vectors * kBlockGroups;
+  float* const lower = rows.lower + slot * kRowBlock * kBlockGroups;
+  float* const upper = rows.upper + block % p.upper_vectors * kBlockGroups;
+  for (int i = 0; i < kParts; ++i) {
+    const int64_t group = block * kBlockGroups + i * kWidth;
+    const F norm = load(p.norm + group), residual = load(p.residual + group), slack = load(p.slack + group);
+    for (int64_t r = 0; r < count; ++r) {
+      float *const m = lower + r * kBlockGroups + i * kWidth, *const u = upper + r * step + i * kWidth;
+      const F least_score = load(m);
+      const F bound = accumulate(set1(rows.a[r]), norm, accumulate(set1(rows.b[r]), residual, slack));
+      store(m, least_score - bound);
+      store(u, least(least_score + bound, load(u)));
+    }
+  }
+}
+
+// Pass 1 in fp32 over one block of codes: each group's minimum goes to rows.lower.
 static void pass_one(const VqPlan& p, const VqRows& rows, int64_t block, int64_t slot) {
   constexpr int kVectors = kStepTiles * kBlockGroups / kWidth, kParts = kBlockGroups / kWidth;
   const int64_t dims = p.dims;
@@ -383,7 +420,8 @@ static void pass_one(const VqPlan& p, const VqRows& rows, int64_t block, int64_t
       }
     }
     for (int r = 0; r < kRowTile && row + r < rows.count; ++r) {
-      for (int i = 0; i < kParts; ++i) put_bounds(p, rows, row + r, block, slot, i, minima[r][i]);
+      float* const to = rows.lower + (slot * kRowBlock + row + r) * kBlockGroups;
+      for (int i = 0; i < kParts; ++i) store(to + i * kWidth, minima[r][i]);
     }
   }
 }
@@ -398,10 +436,7 @@ static void collect(const VqPlan& p, const VqRows& rows, int64_t i, int64_t firs
   if (p.call->k <= 1) {
     F u = load(upper);
     for (int j = 1; j < kBlockGroups / kWidth; ++j) u = least(load(upper + j * kWidth), u);
-    float lanes[kWidth];
-    store(lanes, u);
-    bound = lanes[0];
-    for (int j = 1; j < kWidth; ++j) bound = lanes[j] < bound ? lanes[j] : bound;
+    bound = least_lane(u);
   } else {
     bound = kth_least(upper, p.upper_vectors * kBlockGroups, p.call->k);
   }
@@ -411,11 +446,12 @@ static void collect(const VqPlan& p, const VqRows& rows, int64_t i, int64_t firs
     found.count[i] = -1;
     return;
   }
-  const float* const lower = rows.lower + i * kPanelBlocks * kBlockGroups;
+  const float* const lower = rows.lower + i * kBlockGroups;  // of a block; the next one's is kRowBlock rows on
   int32_t* const group = found.group + i * p.most_groups;
   float* const kept = found.lower + i * p.most_groups;
   for (int64_t at = 0; at < panel_blocks * kBlockGroups; at += kWidth) {
-    for (uint32_t mask = not_above(load(lower + at), set1(bound)); mask != 0; mask &= mask - 1) {
+    const float* const lanes = lower + at / kBlockGroups * kRowBlock * kBlockGroups + at % kBlockGroups;
+    for (uint32_t mask = not_above(load(lanes), set1(bound)); mask != 0; mask &= mask - 1) {
       if (count == p.most_groups) {
         int32_t still = 0;
         for (int32_t j = 0; j < count; ++j) {
@@ -429,9 +465,9 @@ static void collect(const VqPlan& p, const VqRows& rows, int64_t i, int64_t firs
           return;
         }
       }
-      const int64_t which = at + __builtin_ctz(mask);
-      group[count] = static_cast<int32_t>(first_block * kBlockGroups + which);
-      kept[count++] = lower[which];
+      const int lane = __builtin_ctz(mask);
+      group[count] = static_cast<int32_t>(first_block * kBlockGroups + at + lane);
+      kept[count++] = lanes[lane];
     }
   }
   found.count[i] = count;
@@ -455,21 +491,41 @@ VAEOPS_INLINE void chains(const double* const* x, const E* const* e, int64_t dim
   }
 }
 
-// The definition's scores of kPairs pairs of a row x [D] and a group's codes e [D][16], half [16].
+// The definition's scores of kPairs pairs of a row x [D] and a group's codes e [D][16], half [16]; the least score of
+// each pair and the first code that has it (a NaN is none; where all are, the least is not below inf).
 template <class E>
 static void score_groups(const double* const* x, const E* const* e, const double* const* half, int64_t dims,
-                         bool exact_products, bool cosine, double* scores /* [kPairs][16] */) {
-  V acc[kPairs][kGroup / kDoubles];
+                         bool exact_products, bool cosine, double* scores /* [kPairs][16] */,
+                         double* smallest /* [kPairs] */, int64_t* nearest /* [kPairs] */) {
+  constexpr int kVectors = kGroup / kDoubles;
+  V acc[kPairs][kVectors];
   if (sizeof(E) == 4 && exact_products) {
     chains<true>(x, e, dims, acc);
   } else {
     chains<false>(x, e, dims, acc);
   }
   for (int i = 0; i < kPairs; ++i) {
-    for (int j = 0; j < kGroup / kDoubles; ++j) {
+    V s[kVectors], best = vset1(__builtin_inf());
+    for (int j = 0; j < kVectors; ++j) {
       const V h = vload(half[i] + j * kDoubles);
-      vstore(scores + i * kGroup + j * kDoubles, cosine ? (vset1(0) - acc[i][j]) / h : h - acc[i][j]);
+      s[j] = cosine ? (vset1(0) - acc[i][j]) / h : h - acc[i][j];
+      vstore(scores + i * kGroup + j * kDoubles, s[j]);
+      best = vleast(s[j], best);
     }
+    smallest[i] = least_lane(best);
+    uint32_t where = 0;
+    for (int j = 0; j < kVectors; ++j) where |= equal(s[j], vset1(smallest[i])) << (j * kDoubles);
+    nearest[i] = where != 0 ? __builtin_ctz(where) : 0;
+  }
+}
+
+// Row of x in fp64.
+template <class T>
+static void widen_row(const T* x, int64_t step, int64_t dims, double* to) {
+  if (step == 1) {
+    for (int64_t d = 0; d < dims; ++d) to[d] = widen(x[d]);
+  } else {
+    for (int64_t d = 0; d < dims; ++d) to[d] = widen(x[d * step]);
   }
 }
 
