@@ -167,10 +167,12 @@ VqPlan make_plan(const VqAssign& call, Workspace& memory, ParallelFor parallel) 
     Workspace own;
     double* columns;
     uint16_t* scratch;
+    uint32_t* words;
     own.add(columns, p.dims * kGroup);
-    own.add(scratch, std::max(p.slots, p.dims) * kGroup);
+    own.add(scratch, p.slots * kGroup);
+    own.add(words, kBlockGroups * VAEOPS_DISPATCH(group_step)(p));
     own.allocate();
-    for (int64_t block = begin; block < end; ++block) VAEOPS_DISPATCH(pack_block)(p, block, columns, scratch);
+    for (int64_t block = begin; block < end; ++block) VAEOPS_DISPATCH(pack_block)(p, block, columns, scratch, words);
   });
   p.largest = 0;
   for (int64_t group = 0; group < groups; ++group) {

@@ -66,11 +66,11 @@ struct VqRows {
   int64_t position[kRowBlock];  // n of each
   float a[kRowBlock], b[kRowBlock];
   double scale[kRowBlock];  // what each was multiplied by
-  float slack[kRowBlock];  // twice the definition's own error; Inf: pass 1 says nothing about this row
-  void* operands;          // bf16 [rows / 16][slots / 32][16][32] for AMX, else fp32 [rows][D]
-  float* lower;     // [kPanelBlocks][kRowBlock][16] m - B
-  float* upper;            // [rows][upper_vectors * 16] least m + B, by lane
-  float* products;         // [2][4][16][16] two sets of AMX result tiles
+  float slack[kRowBlock];   // twice the definition's own error; Inf: pass 1 says nothing about this row
+  void* operands;           // bf16 [rows / 16][slots / 32][16][32] for AMX, else fp32 [rows][D]
+  float* lower;             // [kPanelBlocks][kRowBlock][16] m - B
+  float* upper;             // [rows][upper_vectors * 16] least m + B, by lane
+  float* products;          // [2][4][16][16] two sets of AMX result tiles
 };
 
 // Groups that can hold a row's nearest codes.

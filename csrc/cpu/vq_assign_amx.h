@@ -16,7 +16,7 @@ VAEOPS_INLINE void end_tiles() { asm volatile("tilerelease"); }
 
 // The offset (in bytes) is part of the instruction: an address apiece would need more registers than there are.
 #define VAEOPS_TILE_LOAD(tile, from, offset) \
-  asm volatile("tileloadd %c2(%0,%1,1), %%tmm" #tile ::"r"(from), "r"(int64_t{64}), "i"(offset))
+  asm volatile("tileloadd %c2(%0,%1,1), %%tmm" #tile::"r"(from), "r"(int64_t{64}), "i"(offset))
 #define VAEOPS_TILE_STORE(tile, to, offset) \
   asm volatile("tilestored %%tmm" #tile ", %c2(%0,%1,1)" ::"r"(to), "r"(int64_t{64}), "i"(offset) : "memory")
 #define VAEOPS_TILE_ZERO(tile) asm volatile("tilezero %%tmm" #tile::)

@@ -10,7 +10,9 @@ VAEOPS_INLINE V vset1(double x) { return _mm512_set1_pd(x); }
 VAEOPS_INLINE V vload(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
 VAEOPS_INLINE V vload(const double* p) { return _mm512_loadu_pd(p); }
 VAEOPS_INLINE void vstore(double* p, V x) { _mm512_storeu_pd(p, x); }
-VAEOPS_INLINE void vstore(float* p, V x) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(x)); }
+VAEOPS_INLINE F narrow(const V* x) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(x[0])), _mm512_cvtpd_ps(x[1]), 1);
+}
 VAEOPS_INLINE V vfma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
 VAEOPS_INLINE V vsqrt(V x) { return _mm512_sqrt_pd(x); }
 VAEOPS_INLINE F least(F a, F b) { return _mm512_min_ps(a, b); }  // b where either is NaN
@@ -29,7 +31,7 @@ VAEOPS_INLINE V vset1(double x) { return _mm256_set1_pd(x); }
 VAEOPS_INLINE V vload(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
 VAEOPS_INLINE V vload(const double* p) { return _mm256_loadu_pd(p); }
 VAEOPS_INLINE void vstore(double* p, V x) { _mm256_storeu_pd(p, x); }
-VAEOPS_INLINE void vstore(float* p, V x) { _mm_storeu_ps(p, _mm256_cvtpd_ps(x)); }
+VAEOPS_INLINE F narrow(const V* x) { return _mm256_set_m128(_mm256_cvtpd_ps(x[1]), _mm256_cvtpd_ps(x[0])); }
 VAEOPS_INLINE V vfma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
 VAEOPS_INLINE V vsqrt(V x) { return _mm256_sqrt_pd(x); }
 VAEOPS_INLINE F least(F a, F b) { return _mm256_min_ps(a, b); }
@@ -63,7 +65,7 @@ VAEOPS_INLINE V vset1(double x) { return x; }
 VAEOPS_INLINE V vload(const float* p) { return *p; }
 VAEOPS_INLINE V vload(const double* p) { return *p; }
 VAEOPS_INLINE void vstore(double* p, V x) { *p = x; }
-VAEOPS_INLINE void vstore(float* p, V x) { *p = static_cast<float>(x); }
+VAEOPS_INLINE F narrow(const V* x) { return static_cast<float>(*x); }
 VAEOPS_INLINE V vfma(V a, V b, V c) { return __builtin_fma(a, b, c); }
 VAEOPS_INLINE V vsqrt(V x) { return __builtin_sqrt(x); }
 VAEOPS_INLINE F least(F a, F b) { return a < b ? a : b; }
@@ -84,9 +86,45 @@ VAEOPS_INLINE V chain(V a, V b, V c) {
 // In fp32, where the bound covers one rounding or two.
 VAEOPS_INLINE F accumulate(F a, F b, F c) { return VAEOPS_ISA == 0 ? a * b + c : fma(a, b, c); }
 
-// Packs the group's codes from `columns` [D][16]. `scratch` holds 32 * max(slots, D) bytes.
+// to[t][j] = from[j][t]; rows of `from` are `step` apart, row t of `to` is at outer (t / 4) + inner (t % 4).
+VAEOPS_INLINE void transpose(const uint32_t* from, int64_t step, uint32_t* to, int64_t outer, int64_t inner) {
+#if VAEOPS_ISA == 2
+  __m512i a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    const __m512i x = _mm512_loadu_si512(from + i * step), y = _mm512_loadu_si512(from + (i + 1) * step);
+    a[i] = _mm512_unpacklo_epi32(x, y);
+    a[i + 1] = _mm512_unpackhi_epi32(x, y);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {  // b[i + c] holds columns c, 4 + c, 8 + c, 12 + c of rows i to i + 3
+    const __m512i even0 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88), odd0 = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xDD);
+    const __m512i even1 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88),
+                  odd1 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xDD);
+    uint32_t* const at = to + c * inner;
+    _mm512_storeu_si512(at, _mm512_shuffle_i32x4(even0, even1, 0x88));
+    _mm512_storeu_si512(at + outer, _mm512_shuffle_i32x4(odd0, odd1, 0x88));
+    _mm512_storeu_si512(at + 2 * outer, _mm512_shuffle_i32x4(even0, even1, 0xDD));
+    _mm512_storeu_si512(at + 3 * outer, _mm512_shuffle_i32x4(odd0, odd1, 0xDD));
+  }
+#else
+  for (int t = 0; t < 16; ++t) {
+    for (int j = 0; j < 16; ++j) to[t / 4 * outer + t % 4 * inner + j] = from[j * step + t];
+  }
+#endif
+}
+
+// Packs the group's codes from `columns` [D][16]; their pass-1 operands go to `words` [slots, or pairs of slots][16].
+// `scratch` holds 32 * slots bytes, for AMX.
 template <class E>
-static void pack_group(const VqPlan& p, const E* columns, int64_t group, uint16_t* scratch) {
+static void pack_group(const VqPlan& p, const E* columns, int64_t group, uint16_t* scratch, uint32_t* words) {
   constexpr int kVectors = kGroup / kDoubles, kFloats = kGroup / kWidth;
   constexpr bool kExact = sizeof(E) == 4;
   const int64_t block = group / kBlockGroups, lane = group % kBlockGroups, dims = p.dims;
@@ -130,20 +168,24 @@ static void pack_group(const VqPlan& p, const E* columns, int64_t group, uint16_
 
   // Centred and scaled values v, a column at a time; their norms, and what they lose to bf16.
   bf16* const rounded = reinterpret_cast<bf16*>(scratch);  // [slots][16], negated
-  float* const tiles = static_cast<float*>(p.tiles) + block * kBlockGroups * dims * kBlockGroups + lane;
+  float* const plain = reinterpret_cast<float*>(words);    // [D][16], negated
   F norm[kFloats], rest[kFloats], low[kFloats];
   for (int i = 0; i < kFloats; ++i) norm[i] = rest[i] = low[i] = set1(0);
   for (int64_t d = 0; d < dims; ++d) {
-    alignas(64) float v[kGroup];
+    V v[kVectors];
     for (int i = 0; i < kVectors; ++i) {
       const int at = i * kDoubles;
-      vstore(v + at, chain<false>(vload(columns + d * kGroup + at), vload(factor + at), vset1(-p.mean[d])));
-    }
-    if ((unusable | beyond) != 0) {
-      for (int t = 0; t < kGroup; ++t) v[t] = ((unusable | beyond) >> t & 1) != 0 ? 0 : v[t];
+      v[i] = chain<false>(vload(columns + d * kGroup + at), vload(factor + at), vset1(-p.mean[d]));
     }
     for (int i = 0; i < kFloats; ++i) {
-      const F x = load(v + i * kWidth);
+      F x = narrow(v + i * (kWidth / kDoubles));
+      if ((unusable | beyond) != 0) {
+        float lanes[kWidth];
+        store(lanes, x);
+        for (int t = 0; t < kWidth; ++t) lanes[t] = ((unusable | beyond) >> (i * kWidth + t) & 1) != 0 ? 0 : lanes[t];
+        x = load(lanes);
+      }
+      if (!p.amx) store(plain + d * kGroup + i * kWidth, set1(0) - x);
       norm[i] = accumulate(x, x, norm[i]);
       if (!p.amx) continue;
       bf16* const high = rounded + d * kGroup + i * kWidth;
@@ -158,9 +200,6 @@ static void pack_group(const VqPlan& p, const E* columns, int64_t group, uint16_
         store(second + dims * kGroup, load(high));
       }
       rest[i] = accumulate(r, r, rest[i]);
-    }
-    if (!p.amx) {
-      for (int t = 0; t < kGroup; ++t) tiles[(t * dims + d) * kBlockGroups] = -v[t];
     }
   }
 
@@ -179,7 +218,7 @@ static void pack_group(const VqPlan& p, const E* columns, int64_t group, uint16_
         for (int part = 0; part < 3 && p.amx && (part == 0 || p.split); ++part) {
           rounded[(part * dims + d) * kGroup + t].bits = 0;
         }
-        if (!p.amx) tiles[(t * dims + d) * kBlockGroups] = 0;
+        if (!p.amx) plain[d * kGroup + t] = 0;
       }
     }
     const float size = huge ? 0 : __builtin_sqrtf(norms[t]) * up;
@@ -206,28 +245,27 @@ static void pack_group(const VqPlan& p, const E* columns, int64_t group, uint16_
   p.slack[group] =
       p.call->exact ? static_cast<float>(p.accumulation) * 0.5f * largest * largest * kRoundUp + kSmallest : 0;
 
-  if (p.amx) {
-    const int64_t steps = p.slots / 32;
-    uint32_t* const words = static_cast<uint32_t*>(p.tiles) + block * kGroup * steps * 256 + lane;
-    for (int64_t pair = 0; pair < p.slots / 2; ++pair) {
-      uint32_t* const to = words + pair / 16 * 4 * 256 + pair % 16 * 16;
-      const bf16 *const even = rounded + 2 * pair * kGroup, *const odd = even + kGroup;
-      for (int t = 0; t < kGroup; ++t) {
-        to[(t / 4 * steps * 4 + t % 4) * 256] = even[t].bits | static_cast<uint32_t>(odd[t].bits) << 16;
-      }
+  for (int64_t pair = 0; p.amx && pair < p.slots / 2; ++pair) {
+    const bf16 *const even = rounded + 2 * pair * kGroup, *const odd = even + kGroup;
+    for (int t = 0; t < kGroup; ++t) {
+      words[pair * kGroup + t] = even[t].bits | static_cast<uint32_t>(odd[t].bits) << 16;
     }
   }
 }
 
 template <class T, class E>
 static void load_columns(const VqPlan& p, int64_t group, E* columns /* [D][16] */) {
-  const T* const codebook = static_cast<const T*>(p.call->codebook);
+  const T* const codebook = static_cast<const T*>(p.call->codebook) + group * kGroup * p.dims;
+  const int64_t count = p.codes - group * kGroup;
+  int64_t done = 0;
+  if (VAEOPS_ISA == 2 && p.call->codebook_dtype == Dtype::f32 && count >= kGroup) {
+    const uint32_t* const from = reinterpret_cast<const uint32_t*>(codebook);
+    uint32_t* const to = reinterpret_cast<uint32_t*>(columns);
+    for (; done + 16 <= p.dims; done += 16) transpose(from + done, p.dims, to + done * kGroup, 4 * kGroup, kGroup);
+  }
   for (int t = 0; t < kGroup; ++t) {
-    const int64_t k = group * kGroup + t;
-    if (k < p.codes) {
-      for (int64_t d = 0; d < p.dims; ++d) columns[d * kGroup + t] = static_cast<E>(widen(codebook[k * p.dims + d]));
-    } else {
-      for (int64_t d = 0; d < p.dims; ++d) columns[d * kGroup + t] = 0;
+    for (int64_t d = done; d < p.dims; ++d) {
+      columns[d * kGroup + t] = t < count ? static_cast<E>(widen(codebook[t * p.dims + d])) : E(0);
     }
   }
 }
@@ -236,11 +274,19 @@ static void load_columns64(const VqPlan& p, int64_t group, double* columns /* [D
   load_columns<double>(p, group, columns);
 }
 
+// Words of a group's operands, and how far apart the groups' are: not a multiple of a page, which would leave one set
+// of the cache for all 16.
+static int64_t operand_words(const VqPlan& p) { return p.amx ? p.slots / 2 : p.dims; }
+static int64_t group_step(const VqPlan& p) { return operand_words(p) * kGroup + 16; }
+
+// `words` holds 16 group_step.
 static void pack_block(const VqPlan& p, int64_t block, double* columns64 /* [D][16], fp64 codebook */,
-                       uint16_t* scratch) {
+                       uint16_t* scratch, uint32_t* words) {
   if (p.amx) std::memset(scratch, 0, static_cast<size_t>(p.slots) * kGroup * sizeof(uint16_t));
-  for (int64_t group = block * kBlockGroups; group < (block + 1) * kBlockGroups; ++group) {
+  for (int64_t j = 0; j < kBlockGroups; ++j) {
+    const int64_t group = block * kBlockGroups + j;
     float* const columns = p.columns == nullptr ? nullptr : p.columns + group * p.dims * kGroup;
+    uint32_t* const own = words + j * group_step(p);
     switch (p.call->codebook_dtype) {
       case Dtype::f32:
         load_columns<float>(p, group, columns);
@@ -253,10 +299,20 @@ static void pack_block(const VqPlan& p, int64_t block, double* columns64 /* [D][
         break;
       case Dtype::f64:
         load_columns64(p, group, columns64);
-        pack_group(p, columns64, group, scratch);
+        pack_group(p, columns64, group, scratch, own);
         continue;
     }
-    pack_group(p, columns, group, scratch);
+    pack_group(p, columns, group, scratch, own);
+  }
+  // From a lane per code of a group to a lane per group.
+  const int64_t count = operand_words(p), steps = p.slots / 32;
+  uint32_t* const tiles = static_cast<uint32_t*>(p.tiles) + block * kGroup * count * kBlockGroups;
+  for (int64_t w = 0; w < count; ++w) {
+    if (p.amx) {
+      transpose(words + w * kGroup, group_step(p), tiles + w / 16 * 1024 + w % 16 * 16, steps * 1024, 256);
+    } else {
+      transpose(words + w * kGroup, group_step(p), tiles + w * 16, 64 * count, 16 * count);
+    }
   }
 }
 
