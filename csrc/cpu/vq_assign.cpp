@@ -22,7 +22,16 @@ using namespace avx512;
 VAEOPS_TARGET_END
 #endif
 
+#include "cpu/vq_plan.h"
+
 namespace vaeops::cpu {
+
+double power_below(double size, bool wide) {
+  int exponent = 0;
+  if (size > 0 && size < std::numeric_limits<double>::infinity()) std::frexp(size, &exponent);
+  const int limit = wide ? 1000 : 120;
+  return std::ldexp(1.0, -std::clamp(exponent, -limit, limit));
+}
 
 float kth_least(const float* values, int64_t n, int64_t k) {
   if (k > n) return std::numeric_limits<float>::infinity();
@@ -33,159 +42,15 @@ float kth_least(const float* values, int64_t n, int64_t k) {
 
 namespace {
 
-// One allocation, cut into arrays. Kept between calls where the system offers it: see pages.cpp.
-class Workspace {
- public:
-  template <class T>
-  void add(T*& array, int64_t n) {
-    parts_.push_back({reinterpret_cast<void**>(&array), bytes_});
-    bytes_ += (static_cast<size_t>(n) * sizeof(T) + 127) / 64 * 64;  // a line to spare: vector loads may pass the end
-  }
-  void allocate() {
-    data_ = take_pages(bytes_);
-    kept_ = data_ != nullptr;
-    if (!kept_) data_ = ::operator new(bytes_, std::align_val_t(64));
-    for (const Part& part : parts_) *part.array = static_cast<char*>(data_) + part.offset;
-  }
-  Workspace() = default;
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() {
-    if (kept_) {
-      give_pages(data_, bytes_);
-    } else if (data_ != nullptr) {
-      ::operator delete(data_, std::align_val_t(64));
-    }
-  }
-
- private:
-  struct Part {
-    void** array;
-    size_t offset;
-  };
-  std::vector<Part> parts_;
-  size_t bytes_ = 0;
-  void* data_ = nullptr;
-  bool kept_ = false;
-};
-
-template <class Body>
-void parallel_ranges(ParallelFor parallel, int64_t n, const Body& body) {
-  const auto call = [](void* context, int64_t begin, int64_t end) {
-    if (begin < end) (*static_cast<const Body*>(context))(begin, end);
-  };
-  parallel(n, call, const_cast<Body*>(&body));
-}
-
-int64_t round_up(int64_t n, int64_t unit) { return ceil_div(n, unit) * unit; }
-
-// Power of two that brings `size` to [1/2, 1).
-double scale_of(double size, bool wide) {
-  int exponent = 0;
-  if (size > 0) std::frexp(size, &exponent);
-  const int limit = wide ? 1000 : 120;
-  return std::ldexp(1.0, -std::clamp(exponent, -limit, limit));
-}
-
-// Scale and mean of the codes, from at most 1024 of them: any values serve, good ones make the bounds tight.
-template <class T>
-void centre(VqPlan& p) {
-  const int64_t dims = p.dims, step = ceil_div(p.codes, 1024);
-  const bool cosine = p.call->metric == Metric::cosine;
-  const T* const codebook = static_cast<const T*>(p.call->codebook);
-  std::vector<double> sum(static_cast<size_t>(dims));
-  double most = 0;
-  int64_t count = 0;
-  for (int64_t k = 0; k < p.codes; k += step) {
-    const T* const e = codebook + k * dims;
-    double size = 0, square = 0;
-    for (int64_t d = 0; d < dims; ++d) {
-      const double v = widen(e[d]);
-      size = std::max(size, std::fabs(v));
-      square += v * v;
-    }
-    if (!(square < 0x1p900) || (cosine && !(square > 0x1p-900))) continue;
-    most = std::max(most, size);
-    const double factor = cosine ? 1 / std::sqrt(square) : 1;
-    for (int64_t d = 0; d < dims; ++d) sum[d] += widen(e[d]) * factor;
-    ++count;
-  }
-  p.scale = !cosine ? scale_of(most, p.wide) : p.wide ? 0x1p450 : 1;
-  for (int64_t d = 0; d < dims; ++d) {
-    const double mean = count > 0 ? sum[d] / static_cast<double>(count) * (cosine ? 1 : p.scale) : 0;
-    p.mean[d] = p.wide ? mean : static_cast<float>(mean);
-    p.row_mean[d] = p.call->metric == Metric::l2 ? static_cast<float>(mean) : 0;
-  }
-}
-
-void centre(VqPlan& p) {
-  switch (p.call->codebook_dtype) {
-    case Dtype::f32:
-      return centre<float>(p);
-    case Dtype::bf16:
-      return centre<bf16>(p);
-    case Dtype::f16:
-      return centre<f16>(p);
-    case Dtype::f64:
-      return centre<double>(p);
-  }
-}
-
-// `memory` holds the arrays.
-VqPlan make_plan(const VqAssign& call, Workspace& memory, ParallelFor parallel) {
-  VqPlan p{};
-  p.call = &call;
-  p.dims = call.dims;
-  p.codes = call.codes;
-  p.blocks = ceil_div(call.codes, kCodeBlock);
-  p.amx = isa() == Isa::amx;
-  p.wide = call.x.operand.dtype == Dtype::f64 || call.codebook_dtype == Dtype::f64;
-  p.split = p.amx && 3 * p.dims + 3 <= 32;
-  p.slots = p.amx ? round_up(p.split ? 3 * p.dims : p.dims, 32) : p.dims;
-  p.bias_slots = p.amx && p.slots - (p.split ? 3 * p.dims : p.dims) >= 3;
-  p.accumulation = static_cast<double>(p.slots + 16) * 0x1p-23;
-  p.upper_vectors = 1;
-  while (p.upper_vectors < 16 && p.upper_vectors * 4 < call.k) p.upper_vectors *= 2;
-  p.most_groups = 64 + (call.k > 1 ? 4 * std::min<int64_t>(call.k, kCodeBlock) : 0);
-
-  const int64_t groups = p.blocks * kBlockGroups, padded = p.blocks * kCodeBlock;
-  char* tiles;
-  memory.add(p.mean, p.dims);
-  memory.add(p.row_mean, p.dims);
-  memory.add(tiles, padded * p.slots * (p.amx ? 2 : 4));
-  memory.add(p.bias, padded);
-  memory.add(p.norm, groups);
-  memory.add(p.residual, groups);
-  memory.add(p.slack, groups);
-  memory.add(p.raw_norm, groups);
-  if (call.codebook_dtype != Dtype::f64) memory.add(p.columns, padded * p.dims);
-  memory.add(p.half, padded);
-  memory.allocate();
-  p.tiles = tiles;
-  centre(p);
-
-  parallel_ranges(padded * p.dims <= kSerial ? serial : parallel, p.blocks, [&](int64_t begin, int64_t end) {
-    Workspace own;
-    double* columns;
-    uint16_t* scratch;
-    own.add(columns, p.dims * kGroup);
-    own.add(scratch, std::max(p.slots, p.dims) * kGroup);
-    own.allocate();
-    for (int64_t block = begin; block < end; ++block) VAEOPS_DISPATCH(pack_block)(p, block, columns, scratch);
-  });
-  p.largest = 0;
-  for (int64_t group = 0; group < groups; ++group) {
-    const double norm = p.raw_norm[group];
-    if (!(norm <= p.largest)) p.largest = norm;  // NaN, too
-  }
-  return p;
-}
-
 void pass_one(const VqPlan& p, const VqRows& rows, int64_t block, int64_t slot) {
 #if defined(__x86_64__)
-  if (p.amx) return amx::pass_one(p, rows, block, slot);
+  if (p.amx) {
+    amx::pass_one(p, rows, block, slot);
+    return avx512::put_bounds(p, rows, block, slot);
+  }
 #endif
   VAEOPS_DISPATCH(pass_one)(p, rows, block, slot);
+  VAEOPS_DISPATCH(put_bounds)(p, rows, block, slot);
 }
 
 void put_index(const Indices& indices, int64_t at, int64_t value) {
@@ -233,6 +98,8 @@ class Best {
   std::vector<int64_t> indices_;
 };
 
+constexpr int kMostPairs = 4;  // of any instruction set
+
 // What a thread works in.
 template <class T>
 struct Scratch {
@@ -245,6 +112,7 @@ struct Scratch {
   double* columns;  // [pairs][D][16], for an fp64 codebook
   double* scores;   // [pairs][16]
   char* operands;
+  std::vector<Best> best;  // [pairs]
 
   Scratch(const VqPlan& p, bool lists) {
     const int64_t pairs = VAEOPS_DISPATCH(pairs)();
@@ -265,6 +133,7 @@ struct Scratch {
     }
     memory.allocate();
     rows.operands = operands;
+    best.assign(static_cast<size_t>(pairs), Best(std::max<int64_t>(p.call->k, 1)));
   }
 };
 
@@ -369,6 +238,7 @@ class Search {
       VAEOPS_DISPATCH(pack_row<T>)(p_, rows, i, data_ + own.offset[i], call_.x.step, own.v);
       found.count[i] = 0;
     }
+    VAEOPS_DISPATCH(bound_rows)(p_, rows);
     std::fill_n(rows.upper, rows.count * p_.upper_vectors * kBlockGroups, std::numeric_limits<float>::infinity());
     for (int64_t panel = first; panel < last; panel += kPanelBlocks) {
       const int64_t blocks = std::min<int64_t>(kPanelBlocks, last - panel);
@@ -380,11 +250,11 @@ class Search {
   // Pass 2: exact scores of the candidates.
   void settle(Scratch<T>& own, const VqCandidates* found, int64_t lists) const {
     const int64_t pairs = VAEOPS_DISPATCH(pairs)(), k = std::max<int64_t>(call_.k, 1);
-    std::vector<Best> best(static_cast<size_t>(pairs), Best(k));  // of the rows under way
-    std::vector<int64_t> row(static_cast<size_t>(pairs)), group(static_cast<size_t>(pairs));
+    std::vector<Best>& best = own.best;  // of the rows under way
+    int64_t row[kMostPairs], group[kMostPairs];
     int64_t waiting = 0;
     const auto score = [&] {
-      if (waiting > 0) score_pairs(own, row.data(), group.data(), waiting, best);
+      if (waiting > 0) score_pairs(own, row, group, waiting, best);
       waiting = 0;
     };
     const int64_t all = ceil_div(p_.codes, kGroup);
@@ -393,7 +263,7 @@ class Search {
       for (int64_t i = 0; i < count; ++i) {
         const T* const x = data_ + own.offset[base + i];
         double* const to = own.x + i * p_.dims;
-        for (int64_t d = 0; d < p_.dims; ++d) to[d] = widen(x[d * call_.x.step]);
+        VAEOPS_DISPATCH(widen_row<T>)(x, call_.x.step, p_.dims, to);
         best[i].clear();
         const auto add = [&](int64_t g) {
           row[waiting] = i;
@@ -430,29 +300,34 @@ class Search {
 
   void score_pairs(Scratch<T>& own, const int64_t* row, const int64_t* group, int64_t count,
                    std::vector<Best>& best) const {
-    constexpr int kMost = 8;
     const int64_t pairs = VAEOPS_DISPATCH(pairs)();
-    const double* x[kMost];
-    const double* half[kMost];
+    const double* x[kMostPairs];
+    const double* half[kMostPairs];
+    double smallest[kMostPairs];
+    int64_t nearest[kMostPairs];
     for (int64_t i = 0; i < pairs; ++i) {
       x[i] = own.x + row[i < count ? i : 0] * p_.dims;
       half[i] = p_.half + group[i < count ? i : 0] * kGroup;
     }
     const bool cosine = call_.metric == Metric::cosine;
     if (p_.columns == nullptr) {
-      const double* e[kMost];
+      const double* e[kMostPairs];
       for (int64_t i = 0; i < pairs; ++i) {
         e[i] = own.columns + (i < count ? i : 0) * p_.dims * kGroup;
         if (i < count) VAEOPS_DISPATCH(load_columns64)(p_, group[i], own.columns + i * p_.dims * kGroup);
       }
-      VAEOPS_DISPATCH(score_groups<double>)(x, e, half, p_.dims, false, cosine, own.scores);
+      VAEOPS_DISPATCH(score_groups<double>)(x, e, half, p_.dims, false, cosine, own.scores, smallest, nearest);
     } else {
-      const float* e[kMost];
+      const float* e[kMostPairs];
       for (int64_t i = 0; i < pairs; ++i) e[i] = p_.columns + group[i < count ? i : 0] * p_.dims * kGroup;
-      VAEOPS_DISPATCH(score_groups<float>)(x, e, half, p_.dims, !p_.wide, cosine, own.scores);
+      VAEOPS_DISPATCH(score_groups<float>)(x, e, half, p_.dims, !p_.wide, cosine, own.scores, smallest, nearest);
     }
     for (int64_t i = 0; i < count; ++i) {
       Best& b = best[row[i]];
+      if (call_.k <= 1) {
+        b.offer(smallest[i], group[i] * kGroup + nearest[i]);
+        continue;
+      }
       for (int t = 0; t < kGroup; ++t) b.offer(own.scores[i * kGroup + t], group[i] * kGroup + t);
     }
   }

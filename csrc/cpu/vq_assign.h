@@ -22,7 +22,7 @@ namespace vaeops::cpu {
 constexpr int kGroup = 16;                // consecutive codes of a group
 constexpr int kBlockGroups = 16;          // groups of a block: pass 1 keeps one vector lane per group
 constexpr int kCodeBlock = 256;           // codes of a block
-constexpr int kPanelBlocks = 8;           // blocks that pass 1 takes between two looks at the bounds
+constexpr int kPanelBlocks = 16;          // blocks that pass 1 takes between two looks at the bounds
 constexpr int kRowBlock = 240;            // rows of a task, a multiple of every kernel's row tile
 constexpr float kNever = 0x1p100f;        // half norm of a code that must not be chosen
 constexpr float kLargestNorm = 0x1p40f;   // beyond it (scaled), pass 1 might overflow and says nothing
@@ -54,6 +54,9 @@ struct VqPlan {
   double largest;                  // max of raw_norm
 };
 
+// Power of two that brings `size` to [1/2, 1), or near it: products of two must not leave the range.
+double power_below(double size, bool wide);
+
 // The k-th smallest of n values.
 float kth_least(const float* values, int64_t n, int64_t k);
 
@@ -62,12 +65,12 @@ struct VqRows {
   int64_t count;                // rows
   int64_t position[kRowBlock];  // n of each
   float a[kRowBlock], b[kRowBlock];
-  float slack[kRowBlock];  // twice the definition's own error; Inf: pass 1 says nothing about this row
-  void* operands;          // bf16 [rows / 16][slots / 32][16][32] for AMX, else fp32 [rows][D]
-  float* lower;            // [rows][kPanelBlocks * 16] m - B
-  float* upper;            // [rows][upper_vectors * 16] least m + B, by lane
-  float* minima;           // [16][16] m of a row tile
-  float* products;         // [2][4][16][16] two sets of AMX result tiles
+  double scale[kRowBlock];  // what each was multiplied by
+  float slack[kRowBlock];   // twice the definition's own error; Inf: pass 1 says nothing about this row
+  void* operands;           // bf16 [rows / 16][slots / 32][16][32] for AMX, else fp32 [rows][D]
+  float* lower;             // [kPanelBlocks][kRowBlock][16] m - B
+  float* upper;             // [rows][upper_vectors * 16] least m + B, by lane
+  float* products;          // [2][4][16][16] two sets of AMX result tiles
 };
 
 // Groups that can hold a row's nearest codes.

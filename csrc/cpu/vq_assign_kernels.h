@@ -1,248 +1,12 @@
-// Both passes of vq_assign for one instruction set, and the packing of the codebook. No include guard: see
-// foreach_isa.h. The structs and the bound are in vq_assign.h.
+// Both passes of vq_assign for one instruction set. No include guard: see foreach_isa.h. The structs and the bound are
+// in vq_assign.h.
+#include "cpu/vq_pack_kernels.h"
 
-#if VAEOPS_ISA == 2
-using V = __m512d;
-constexpr int kDoubles = 8;
-constexpr int kPairs = 4;                     // (row, group) pairs that are scored at a time
-constexpr int kRowTile = 12, kStepTiles = 2;  // rows and vectors of 16 codes that pass 1 keeps in registers
-VAEOPS_INLINE V vset1(double x) { return _mm512_set1_pd(x); }
-VAEOPS_INLINE V vload(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
-VAEOPS_INLINE V vload(const double* p) { return _mm512_loadu_pd(p); }
-VAEOPS_INLINE void vstore(double* p, V x) { _mm512_storeu_pd(p, x); }
-VAEOPS_INLINE void vstore(float* p, V x) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(x)); }
-VAEOPS_INLINE V vfma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
-VAEOPS_INLINE V vsqrt(V x) { return _mm512_sqrt_pd(x); }
-VAEOPS_INLINE F least(F a, F b) { return _mm512_min_ps(a, b); }  // b where either is NaN
-VAEOPS_INLINE uint32_t not_above(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NGT_UQ); }
-#elif VAEOPS_ISA == 1
-using V = __m256d;
-constexpr int kDoubles = 4;
-constexpr int kPairs = 2;
-constexpr int kRowTile = 6, kStepTiles = 1;
-VAEOPS_INLINE V vset1(double x) { return _mm256_set1_pd(x); }
-VAEOPS_INLINE V vload(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
-VAEOPS_INLINE V vload(const double* p) { return _mm256_loadu_pd(p); }
-VAEOPS_INLINE void vstore(double* p, V x) { _mm256_storeu_pd(p, x); }
-VAEOPS_INLINE void vstore(float* p, V x) { _mm_storeu_ps(p, _mm256_cvtpd_ps(x)); }
-VAEOPS_INLINE V vfma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
-VAEOPS_INLINE V vsqrt(V x) { return _mm256_sqrt_pd(x); }
-VAEOPS_INLINE F least(F a, F b) { return _mm256_min_ps(a, b); }
-VAEOPS_INLINE uint32_t not_above(F a, F b) {
-  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NGT_UQ)));
-}
-#else
-using V = double;
-constexpr int kDoubles = 1;
-constexpr int kPairs = 1;
-constexpr int kRowTile = 2, kStepTiles = 1;
-VAEOPS_INLINE V vset1(double x) { return x; }
-VAEOPS_INLINE V vload(const float* p) { return *p; }
-VAEOPS_INLINE V vload(const double* p) { return *p; }
-VAEOPS_INLINE void vstore(double* p, V x) { *p = x; }
-VAEOPS_INLINE void vstore(float* p, V x) { *p = static_cast<float>(x); }
-VAEOPS_INLINE V vfma(V a, V b, V c) { return __builtin_fma(a, b, c); }
-VAEOPS_INLINE V vsqrt(V x) { return __builtin_sqrt(x); }
-VAEOPS_INLINE F least(F a, F b) { return a < b ? a : b; }
-VAEOPS_INLINE uint32_t not_above(F a, F b) { return !(a > b); }
-#endif
-
-// a b + c in one rounding. Products of two fp32 are exact in fp64, so without an fma instruction two roundings do.
-template <bool kExactProducts>
-VAEOPS_INLINE V chain(V a, V b, V c) {
-  if (VAEOPS_ISA == 0 && kExactProducts) return a * b + c;
-  return vfma(a, b, c);
-}
-// In fp32, where the bound covers one rounding or two.
-VAEOPS_INLINE F accumulate(F a, F b, F c) { return VAEOPS_ISA == 0 ? a * b + c : fma(a, b, c); }
-
-VAEOPS_INLINE float sum_vector(F x) {
-  float lanes[kWidth], sum = 0;
-  store(lanes, x);
-  for (int i = 0; i < kWidth; ++i) sum += lanes[i];
-  return sum;
-}
-
-// Packs the group's codes from `columns` [D][16]. `scratch` holds 32 * max(slots, D) bytes.
-template <class E>
-static void pack_group(const VqPlan& p, const E* columns, int64_t group, uint16_t* scratch) {
-  constexpr int kVectors = kGroup / kDoubles, kFloats = kGroup / kWidth;
-  constexpr bool kExact = sizeof(E) == 4;
-  const int64_t block = group / kBlockGroups, lane = group % kBlockGroups, dims = p.dims;
-  const Metric metric = p.call->metric;
-
-  V h[kVectors], spoilt[kVectors];  // spoilt: 0, or NaN where an element is NaN or Inf
-  for (int i = 0; i < kVectors; ++i) h[i] = spoilt[i] = vset1(0);
-  for (int64_t d = 0; d < dims; ++d) {
-    for (int i = 0; i < kVectors; ++i) {
-      const V e = vload(columns + d * kGroup + i * kDoubles);
-      h[i] = chain<kExact>(e, e, h[i]);
-      spoilt[i] = chain<kExact>(e, vset1(0), spoilt[i]);
-    }
-  }
-  double factor[kGroup], half[kGroup], square[kGroup], bad[kGroup];
-  for (int i = 0; i < kVectors; ++i) {
-    vstore(square + i * kDoubles, h[i]);
-    vstore(bad + i * kDoubles, spoilt[i]);
-    vstore(factor + i * kDoubles, vsqrt(h[i]));
-  }
-  float raw = 0;
-  uint32_t unusable = 0, beyond = 0;  // never chosen; for pass 2 alone
-  for (int t = 0; t < kGroup; ++t) {
-    const double norm = factor[t];
-    const bool never = group * kGroup + t >= p.codes || bad[t] != 0 || (metric == Metric::cosine && !(norm > 0));
-    half[t] = never                      ? (metric == Metric::cosine ? __builtin_nan("") : __builtin_inf())
-              : metric == Metric::l2     ? 0.5 * square[t]
-              : metric == Metric::cosine ? norm
-                                         : 0;
-    factor[t] = metric == Metric::cosine ? 1 / norm : p.scale;
-    // Outside, the definition's norm is far from the true one, or infinite.
-    if (metric == Metric::cosine && !never && !(square[t] > 0x1p-900 && square[t] < 0x1p900)) beyond |= 1u << t;
-    if (never) unusable |= 1u << t;
-    if (!never) {
-      const float scaled = metric == Metric::cosine ? 1.0f : static_cast<float>(norm * p.scale) * kRoundUp;
-      raw = scaled < raw ? raw : scaled;  // NaN is taken
-    }
-    p.half[group * kGroup + t] = half[t];
-  }
-  p.raw_norm[group] = raw;
-
-  // Centred and scaled values v, a column at a time; their norms, and what they lose to bf16.
-  bf16* const rounded = reinterpret_cast<bf16*>(scratch);  // [slots][16], negated
-  float* const tiles = static_cast<float*>(p.tiles) + block * kBlockGroups * dims * kBlockGroups + lane;
-  F norm[kFloats], rest[kFloats], low[kFloats];
-  for (int i = 0; i < kFloats; ++i) norm[i] = rest[i] = low[i] = set1(0);
-  for (int64_t d = 0; d < dims; ++d) {
-    alignas(64) float v[kGroup];
-    for (int i = 0; i < kVectors; ++i) {
-      const int at = i * kDoubles;
-      vstore(v + at, chain<false>(vload(columns + d * kGroup + at), vload(factor + at), vset1(-p.mean[d])));
-    }
-    if ((unusable | beyond) != 0) {
-      for (int t = 0; t < kGroup; ++t) v[t] = ((unusable | beyond) >> t & 1) != 0 ? 0 : v[t];
-    }
-    for (int i = 0; i < kFloats; ++i) {
-      const F x = load(v + i * kWidth);
-      norm[i] = accumulate(x, x, norm[i]);
-      if (!p.amx) continue;
-      bf16* const high = rounded + d * kGroup + i * kWidth;
-      store(high, set1(0) - x);
-      F r = x + load(high);
-      if (p.split) {
-        bf16* const second = high + dims * kGroup;
-        store(second, set1(0) - r);
-        const F l = load(second);
-        low[i] = accumulate(l, l, low[i]);
-        r = r + l;
-        store(second + dims * kGroup, load(high));
-      }
-      rest[i] = accumulate(r, r, rest[i]);
-    }
-    if (!p.amx) {
-      for (int t = 0; t < kGroup; ++t) tiles[(t * dims + d) * kBlockGroups] = -v[t];
-    }
-  }
-
-  const float up = kRoundUp + static_cast<float>(dims) * 0x1p-22f;
-  float norms[kGroup], rests[kGroup], lows[kGroup], largest = 0, residual = 0;
-  for (int i = 0; i < kFloats; ++i) {
-    store(norms + i * kWidth, norm[i]);
-    store(rests + i * kWidth, rest[i]);
-    store(lows + i * kWidth, low[i]);
-  }
-  for (int t = 0; t < kGroup; ++t) {
-    const bool huge = !(norms[t] < kLargestNorm * kLargestNorm) || (beyond >> t & 1) != 0;
-    if (huge) {
-      largest = __builtin_inff();
-      for (int64_t d = 0; d < dims; ++d) {
-        for (int part = 0; part < 3 && p.amx && (part == 0 || p.split); ++part) {
-          rounded[(part * dims + d) * kGroup + t].bits = 0;
-        }
-        if (!p.amx) tiles[(t * dims + d) * kBlockGroups] = 0;
-      }
-    }
-    const float size = huge ? 0 : __builtin_sqrtf(norms[t]) * up;
-    // 2^-22: the subtraction of the mean and the rounding to fp32; 2^-8: x's low part times the code's is left out;
-    // 2^-50: the norm that a code is divided by
-    const float lost = huge ? 0
-                            : (__builtin_sqrtf(rests[t]) + 0x1p-8f * __builtin_sqrtf(lows[t])) * up + size * 0x1p-22f +
-                                  (metric == Metric::cosine ? 0x1p-50f : 0);
-    largest = size > largest ? size : largest;
-    residual = lost > residual ? lost : residual;
-    const float bias = huge || (unusable >> t & 1) != 0 ? kNever : metric == Metric::l2 ? 0.5f * norms[t] : 0;
-    p.bias[(block * kGroup + t) * kBlockGroups + lane] = p.bias_slots ? 0 : bias;
-    if (p.amx && p.bias_slots) {
-      float remaining = bias;
-      for (int part = 0; part < 3; ++part) {
-        bf16& slot = rounded[((p.split ? 3 : 1) * dims + part) * kGroup + t];
-        slot = to_bf16(remaining);
-        remaining -= widen(slot);
-      }
-    }
-  }
-  p.norm[group] = p.call->exact ? largest : 0;
-  p.residual[group] = p.call->exact ? residual + kSmallest : 0;
-  p.slack[group] =
-      p.call->exact ? static_cast<float>(p.accumulation) * 0.5f * largest * largest * kRoundUp + kSmallest : 0;
-
-  if (p.amx) {
-    const int64_t steps = p.slots / 32;
-    uint32_t* const words = static_cast<uint32_t*>(p.tiles) + block * kGroup * steps * 256 + lane;
-    for (int64_t pair = 0; pair < p.slots / 2; ++pair) {
-      uint32_t* const to = words + pair / 16 * 4 * 256 + pair % 16 * 16;
-      const bf16 *const even = rounded + 2 * pair * kGroup, *const odd = even + kGroup;
-      for (int t = 0; t < kGroup; ++t) {
-        to[(t / 4 * steps * 4 + t % 4) * 256] = even[t].bits | static_cast<uint32_t>(odd[t].bits) << 16;
-      }
-    }
-  }
-}
-
-template <class T, class E>
-static void load_columns(const VqPlan& p, int64_t group, E* columns /* [D][16] */) {
-  const T* const codebook = static_cast<const T*>(p.call->codebook);
-  for (int t = 0; t < kGroup; ++t) {
-    const int64_t k = group * kGroup + t;
-    if (k < p.codes) {
-      for (int64_t d = 0; d < p.dims; ++d) columns[d * kGroup + t] = static_cast<E>(widen(codebook[k * p.dims + d]));
-    } else {
-      for (int64_t d = 0; d < p.dims; ++d) columns[d * kGroup + t] = 0;
-    }
-  }
-}
-
-static void load_columns64(const VqPlan& p, int64_t group, double* columns /* [D][16] */) {
-  load_columns<double>(p, group, columns);
-}
-
-static void pack_block(const VqPlan& p, int64_t block, double* columns64 /* [D][16], fp64 codebook */,
-                       uint16_t* scratch) {
-  if (p.amx) std::memset(scratch, 0, static_cast<size_t>(p.slots) * kGroup * sizeof(uint16_t));
-  for (int64_t group = block * kBlockGroups; group < (block + 1) * kBlockGroups; ++group) {
-    float* const columns = p.columns == nullptr ? nullptr : p.columns + group * p.dims * kGroup;
-    switch (p.call->codebook_dtype) {
-      case Dtype::f32:
-        load_columns<float>(p, group, columns);
-        break;
-      case Dtype::bf16:
-        load_columns<bf16>(p, group, columns);
-        break;
-      case Dtype::f16:
-        load_columns<f16>(p, group, columns);
-        break;
-      case Dtype::f64:
-        load_columns64(p, group, columns64);
-        pack_group(p, columns64, group, scratch);
-        continue;
-    }
-    pack_group(p, columns, group, scratch);
-  }
-}
-
-// Row n of x, whose elements lie `step` apart, as operand `i` of pass 1. `v` holds D + 16 floats.
+// Row i of the task as an operand of pass 1; leaves |v|^2 in rows.b and what rounding v lost, squared, in rows.a.
+// `x` are its elements, `step` apart; `v` holds D + 16 floats.
 template <class T>
 static void pack_row(const VqPlan& p, VqRows& rows, int64_t i, const T* x, int64_t step, float* v) {
-  const int64_t dims = p.dims;
+  const int64_t dims = p.dims, padded = (dims + 15) / 16 * 16;
   const bool l2 = p.call->metric == Metric::l2;
   double scale = p.scale;
   if (!l2) {  // any scale of a row's own will do
@@ -251,12 +15,9 @@ static void pack_row(const VqPlan& p, VqRows& rows, int64_t i, const T* x, int64
       const double size = __builtin_fabs(static_cast<double>(widen(x[d * step])));
       most = size > most ? size : most;
     }
-    int exponent = 0;
-    if (most > 0 && most < __builtin_inf()) (void)__builtin_frexp(most, &exponent);
-    const int limit = p.wide ? 1000 : 120;
-    exponent = exponent > limit ? limit : exponent < -limit ? -limit : exponent;
-    scale = __builtin_ldexp(1.0, -exponent);
+    scale = power_below(most, p.wide);
   }
+  rows.scale[i] = scale;
   if (p.wide) {
     for (int64_t d = 0; d < dims; ++d) {
       v[d] = static_cast<float>(static_cast<double>(widen(x[d * step])) * scale - (l2 ? p.mean[d] : 0));
@@ -269,86 +30,104 @@ static void pack_row(const VqPlan& p, VqRows& rows, int64_t i, const T* x, int64
       for (int64_t d = 0; d < dims; ++d) v[d] = static_cast<float>(widen(x[d * step])) * s - p.row_mean[d];
     }
   }
-  const int64_t padded = (dims + 15) / 16 * 16;
   for (int64_t d = dims; d < padded; ++d) v[d] = 0;
 
-  const int64_t steps = p.slots / 32, tile = i / 16 * steps * 512 + i % 16 * 32;
-  bf16* const halves = static_cast<bf16*>(rows.operands) + tile;
-  const auto slot = [&](int64_t s) -> bf16& { return halves[s / 32 * 512 + s % 32]; };
   F square = set1(0), rest = set1(0);
-  for (int64_t d = 0; d < padded; d += kWidth) {
-    const F value = load(v + d);
-    square = accumulate(value, value, square);
-    if (p.amx) {
-      bf16* const to = &slot(d);
-      store(to, value);
-      const F r = value - load(to);
-      if (p.split) store(v + d, r);
-      rest = accumulate(r, r, rest);
-    }
-  }
-  float lost = sum_vector(rest);
-  const float norm2 = sum_vector(square);
-  if (p.amx) {
-    for (int64_t s = padded; s < p.slots; ++s) slot(s).bits = 0;
-    int64_t next = dims;
-    if (p.split) {
-      lost = 0;
-      for (int64_t d = 0; d < dims; ++d) {
-        slot(dims + d) = slot(d);
-        bf16& low = slot(2 * dims + d) = to_bf16(v[d]);
-        const float r = v[d] - widen(low);
-        lost += r * r;
-      }
-      next = 3 * dims;
-    }
-    for (int part = 0; part < 3 && p.bias_slots; ++part) slot(next + part) = to_bf16(1.0f);
-  } else {
+  if (!p.amx) {
     float* const to = static_cast<float*>(rows.operands) + i * dims;
     for (int64_t d = 0; d < dims; ++d) to[d] = v[d];
-  }
-
-  const float up = kRoundUp + static_cast<float>(dims) * 0x1p-22f;
-  if (!(norm2 < kLargestNorm * kLargestNorm)) {
-    if (p.amx) {
-      for (int64_t s = 0; s < p.slots; ++s) slot(s).bits = 0;
-    } else {
-      std::memset(static_cast<float*>(rows.operands) + i * dims, 0, static_cast<size_t>(dims) * sizeof(float));
-    }
-    rows.a[i] = rows.b[i] = 0;
-    rows.slack[i] = __builtin_inff();
+    for (int64_t d = 0; d < padded; d += kWidth) square = accumulate(load(v + d), load(v + d), square);
+    rows.b[i] = sum_vector(square);
+    rows.a[i] = 0;
     return;
   }
-  const float norm = __builtin_sqrtf(norm2) * up;
-  const double xn = norm + (l2 ? p.largest : 0);  // not centred
-  const double products = xn * p.largest + (l2 ? p.largest * p.largest : 0);
-  // The last term: products that are subnormal in fp64.
-  const double own = static_cast<double>(dims + 8) * (products * 0x1p-53 + 0x1p-1074 * p.scale * scale);
-  // Beyond, the definition may overflow where pass 1 does not.
-  const double unscaled = products / scale / (p.call->metric == Metric::cosine ? 1 : p.scale);
-  rows.slack[i] = !(unscaled < 0x1p500) ? __builtin_inff()
-                  : !p.call->exact      ? 0
-                                        : static_cast<float>(2 * own) * kRoundUp;
-  rows.a[i] =
-      p.call->exact
-          ? (__builtin_sqrtf(lost) * up + norm * 0x1p-22f + static_cast<float>(p.accumulation) * norm) * kRoundUp +
-                kSmallest
-          : 0;
-  rows.b[i] = p.call->exact ? norm * (1 + 0x1p-7f) : 0;
+  const int64_t steps = p.slots / 32;
+  bf16* const halves = static_cast<bf16*>(rows.operands) + i / 16 * steps * 512 + i % 16 * 32;
+  const auto slot = [&](int64_t s) -> bf16& { return halves[(s >> 5) * 512 + (s & 31)]; };
+  for (int64_t d = 0; d < padded; d += kWidth) {
+    const F value = load(v + d);
+    bf16* const to = &slot(d);
+    store(to, value);
+    const F r = value - load(to);
+    if (p.split) store(v + d, r);
+    square = accumulate(value, value, square);
+    rest = accumulate(r, r, rest);
+  }
+  rows.b[i] = sum_vector(square);
+  rows.a[i] = sum_vector(rest);
+  for (int64_t s = padded; s < p.slots; ++s) slot(s).bits = 0;
+  int64_t next = dims;
+  if (p.split) {
+    float lost = 0;
+    for (int64_t d = 0; d < dims; ++d) {
+      slot(dims + d) = slot(d);
+      bf16& low = slot(2 * dims + d) = to_bf16(v[d]);
+      const float r = v[d] - widen(low);
+      lost += r * r;
+    }
+    rows.a[i] = lost;
+    next = 3 * dims;
+  }
+  for (int part = 0; part < 3 && p.bias_slots; ++part) slot(next + part).bits = 0x3F80;  // 1
 }
 
-// Bounds from the minima `m` [16] of row i's groups in one block; `slot` is the block's place in the panel.
-VAEOPS_INLINE void put_bounds(const VqPlan& p, const VqRows& rows, int64_t i, int64_t block, int64_t slot, int part,
-                              F m) {
-  const int64_t group = block * kBlockGroups + part * kWidth;
-  const F rest = accumulate(set1(rows.b[i]), load(p.residual + group), load(p.slack + group));
-  const F bound = accumulate(set1(rows.a[i]), load(p.norm + group), rest);
-  float* const upper = rows.upper + (i * p.upper_vectors + block % p.upper_vectors) * kBlockGroups + part * kWidth;
-  store(rows.lower + (i * kPanelBlocks + slot) * kBlockGroups + part * kWidth, m - bound);
-  store(upper, least(m + bound, load(upper)));
+// The rows' part of the bounds, from what pack_row left.
+static void bound_rows(const VqPlan& p, VqRows& rows) {
+  const float up = kRoundUp + static_cast<float>(p.dims) * 0x1p-22f, c = static_cast<float>(p.accumulation) + 0x1p-22f;
+  const bool l2 = p.call->metric == Metric::l2;
+  const double largest = p.largest, mean = l2 ? largest : 0, code = l2 ? largest * largest : 0;
+  const double code_scale = p.call->metric == Metric::cosine ? 1 : p.scale, terms = static_cast<double>(p.dims + 8);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const float square = rows.b[i], norm = __builtin_sqrtf(square) * up, scale = __builtin_sqrtf(rows.a[i]) * up;
+    const double products = (norm + mean) * largest + code;  // of operands that are not centred
+    // The last term: products that are subnormal in fp64.
+    const double own = terms * (products * 0x1p-53 + 0x1p-1074 * p.scale * rows.scale[i]);
+    // Beyond, the definition may overflow where pass 1 does not.
+    const bool settled = square < kLargestNorm * kLargestNorm && products < 0x1p500 * rows.scale[i] * code_scale;
+    rows.a[i] = (scale + norm * c) * kRoundUp + kSmallest;
+    rows.b[i] = norm * (1 + 0x1p-7f);
+    rows.slack[i] = settled ? static_cast<float>(2 * own) * kRoundUp : __builtin_inff();
+  }
+  if (!p.call->exact) {
+    for (int64_t i = 0; i < rows.count; ++i) {
+      rows.a[i] = rows.b[i] = 0;
+      if (rows.slack[i] < __builtin_inff()) rows.slack[i] = 0;
+    }
+  }
+  for (int64_t i = 0; i < rows.count; ++i) {
+    if (rows.slack[i] < __builtin_inff()) continue;
+    rows.a[i] = rows.b[i] = 0;
+    const int64_t steps = p.slots / 32;
+    for (int64_t s = 0; s < p.slots; ++s) {
+      if (p.amx) {
+        static_cast<bf16*>(rows.operands)[i / 16 * steps * 512 + i % 16 * 32 + (s >> 5) * 512 + (s & 31)].bits = 0;
+      } else {
+        static_cast<float*>(rows.operands)[i * p.slots + s] = 0;
+      }
+    }
+  }
 }
 
-// Pass 1 in fp32 over one block of codes.
+// Turns a block's minima m into bounds; `slot` is the block's place in the panel.
+static void put_bounds(const VqPlan& p, const VqRows& rows, int64_t block, int64_t slot) {
+  constexpr int kParts = kBlockGroups / kWidth;
+  const int64_t count = rows.count, step = p.upper_vectors * kBlockGroups;
+  float* const lower = rows.lower + slot * kRowBlock * kBlockGroups;
+  float* const upper = rows.upper + block % p.upper_vectors * kBlockGroups;
+  for (int i = 0; i < kParts; ++i) {
+    const int64_t group = block * kBlockGroups + i * kWidth;
+    const F norm = load(p.norm + group), residual = load(p.residual + group), slack = load(p.slack + group);
+    for (int64_t r = 0; r < count; ++r) {
+      float *const m = lower + r * kBlockGroups + i * kWidth, *const u = upper + r * step + i * kWidth;
+      const F least_score = load(m);
+      const F bound = accumulate(set1(rows.a[r]), norm, accumulate(set1(rows.b[r]), residual, slack));
+      store(m, least_score - bound);
+      store(u, least(least_score + bound, load(u)));
+    }
+  }
+}
+
+// Pass 1 in fp32 over one block of codes: each group's minimum goes to rows.lower.
 static void pass_one(const VqPlan& p, const VqRows& rows, int64_t block, int64_t slot) {
   constexpr int kVectors = kStepTiles * kBlockGroups / kWidth, kParts = kBlockGroups / kWidth;
   const int64_t dims = p.dims;
@@ -383,7 +162,8 @@ static void pass_one(const VqPlan& p, const VqRows& rows, int64_t block, int64_t
       }
     }
     for (int r = 0; r < kRowTile && row + r < rows.count; ++r) {
-      for (int i = 0; i < kParts; ++i) put_bounds(p, rows, row + r, block, slot, i, minima[r][i]);
+      float* const to = rows.lower + (slot * kRowBlock + row + r) * kBlockGroups;
+      for (int i = 0; i < kParts; ++i) store(to + i * kWidth, minima[r][i]);
     }
   }
 }
@@ -398,10 +178,7 @@ static void collect(const VqPlan& p, const VqRows& rows, int64_t i, int64_t firs
   if (p.call->k <= 1) {
     F u = load(upper);
     for (int j = 1; j < kBlockGroups / kWidth; ++j) u = least(load(upper + j * kWidth), u);
-    float lanes[kWidth];
-    store(lanes, u);
-    bound = lanes[0];
-    for (int j = 1; j < kWidth; ++j) bound = lanes[j] < bound ? lanes[j] : bound;
+    bound = least_lane(u);
   } else {
     bound = kth_least(upper, p.upper_vectors * kBlockGroups, p.call->k);
   }
@@ -411,11 +188,12 @@ static void collect(const VqPlan& p, const VqRows& rows, int64_t i, int64_t firs
     found.count[i] = -1;
     return;
   }
-  const float* const lower = rows.lower + i * kPanelBlocks * kBlockGroups;
+  const float* const lower = rows.lower + i * kBlockGroups;  // of a block; the next one's is kRowBlock rows on
   int32_t* const group = found.group + i * p.most_groups;
   float* const kept = found.lower + i * p.most_groups;
   for (int64_t at = 0; at < panel_blocks * kBlockGroups; at += kWidth) {
-    for (uint32_t mask = not_above(load(lower + at), set1(bound)); mask != 0; mask &= mask - 1) {
+    const float* const lanes = lower + at / kBlockGroups * kRowBlock * kBlockGroups + at % kBlockGroups;
+    for (uint32_t mask = not_above(load(lanes), set1(bound)); mask != 0; mask &= mask - 1) {
       if (count == p.most_groups) {
         int32_t still = 0;
         for (int32_t j = 0; j < count; ++j) {
@@ -429,9 +207,9 @@ static void collect(const VqPlan& p, const VqRows& rows, int64_t i, int64_t firs
           return;
         }
       }
-      const int64_t which = at + __builtin_ctz(mask);
-      group[count] = static_cast<int32_t>(first_block * kBlockGroups + which);
-      kept[count++] = lower[which];
+      const int lane = __builtin_ctz(mask);
+      group[count] = static_cast<int32_t>(first_block * kBlockGroups + at + lane);
+      kept[count++] = lanes[lane];
     }
   }
   found.count[i] = count;
@@ -455,21 +233,41 @@ VAEOPS_INLINE void chains(const double* const* x, const E* const* e, int64_t dim
   }
 }
 
-// The definition's scores of kPairs pairs of a row x [D] and a group's codes e [D][16], half [16].
+// The definition's scores of kPairs pairs of a row x [D] and a group's codes e [D][16], half [16]; the least score of
+// each pair and the first code that has it (a NaN is none; where all are, the least is not below inf).
 template <class E>
 static void score_groups(const double* const* x, const E* const* e, const double* const* half, int64_t dims,
-                         bool exact_products, bool cosine, double* scores /* [kPairs][16] */) {
-  V acc[kPairs][kGroup / kDoubles];
+                         bool exact_products, bool cosine, double* scores /* [kPairs][16] */,
+                         double* smallest /* [kPairs] */, int64_t* nearest /* [kPairs] */) {
+  constexpr int kVectors = kGroup / kDoubles;
+  V acc[kPairs][kVectors];
   if (sizeof(E) == 4 && exact_products) {
     chains<true>(x, e, dims, acc);
   } else {
     chains<false>(x, e, dims, acc);
   }
   for (int i = 0; i < kPairs; ++i) {
-    for (int j = 0; j < kGroup / kDoubles; ++j) {
+    V s[kVectors], best = vset1(__builtin_inf());
+    for (int j = 0; j < kVectors; ++j) {
       const V h = vload(half[i] + j * kDoubles);
-      vstore(scores + i * kGroup + j * kDoubles, cosine ? (vset1(0) - acc[i][j]) / h : h - acc[i][j]);
+      s[j] = cosine ? (vset1(0) - acc[i][j]) / h : h - acc[i][j];
+      vstore(scores + i * kGroup + j * kDoubles, s[j]);
+      best = vleast(s[j], best);
     }
+    smallest[i] = least_lane(best);
+    uint32_t where = 0;
+    for (int j = 0; j < kVectors; ++j) where |= equal(s[j], vset1(smallest[i])) << (j * kDoubles);
+    nearest[i] = where != 0 ? __builtin_ctz(where) : 0;
+  }
+}
+
+// Row of x in fp64.
+template <class T>
+static void widen_row(const T* x, int64_t step, int64_t dims, double* to) {
+  if (step == 1) {
+    for (int64_t d = 0; d < dims; ++d) to[d] = widen(x[d]);
+  } else {
+    for (int64_t d = 0; d < dims; ++d) to[d] = widen(x[d * step]);
   }
 }
 
