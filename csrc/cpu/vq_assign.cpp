@@ -77,7 +77,6 @@ class Best {
     scores_[at] = score;
     indices_[at] = index;
   }
-  double worst() const { return count_ < k_ ? std::numeric_limits<double>::infinity() : scores_[k_ - 1]; }
   // Where fewer than k codes can be chosen, the lowest other indices follow with score inf.
   void pad() {
     for (int64_t next = 0; count_ < k_; ++next) {
@@ -101,7 +100,6 @@ class Best {
 constexpr int kMostPairs = 4;  // of any instruction set
 
 // What a thread works in.
-template <class T>
 struct Scratch {
   Workspace memory;
   VqRows rows{};
@@ -149,7 +147,7 @@ class Search {
     const int64_t chunks = std::min(wanted, std::max<int64_t>(1, p_.blocks / 4));
     if (chunks == 1) {
       parallel_ranges(parallel, row_blocks, [&](int64_t begin, int64_t end) {
-        Scratch<T> own(p_, true);
+        Scratch own(p_, true);
         const Tiles tiles(p_);
         for (int64_t task = begin; task < end; ++task) {
           const int64_t first = task * kRowBlock, last = std::min(n, first + kRowBlock);
@@ -170,7 +168,7 @@ class Search {
     }
     shared.allocate();
     parallel_ranges(parallel, lists, [&](int64_t begin, int64_t end) {
-      Scratch<T> own(p_, false);
+      Scratch own(p_, false);
       const Tiles tiles(p_);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task / chunks * kRowBlock, last = std::min(n, first + kRowBlock), chunk = task % chunks;
@@ -178,7 +176,7 @@ class Search {
       }
     });
     parallel_ranges(parallel, row_blocks, [&](int64_t begin, int64_t end) {
-      Scratch<T> own(p_, false);
+      Scratch own(p_, false);
       for (int64_t block = begin; block < end; ++block) {
         place(own, block * kRowBlock, std::min(n, (block + 1) * kRowBlock));
         settle(own, found.data() + block * chunks, chunks);
@@ -200,7 +198,7 @@ class Search {
   };
 
   // Which rows of [begin, end) are used, and where they lie. The others get their index here.
-  void place(Scratch<T>& own, int64_t begin, int64_t end) const {
+  void place(Scratch& own, int64_t begin, int64_t end) const {
     const int64_t width = std::max<int64_t>(call_.k, 1);
     VqRows& rows = own.rows;
     rows.count = 0;
@@ -230,7 +228,7 @@ class Search {
   }
 
   // Pass 1: candidates among the codes of some blocks.
-  void find(Scratch<T>& own, const VqCandidates& found, int64_t begin, int64_t end, int64_t first, int64_t last) const {
+  void find(Scratch& own, const VqCandidates& found, int64_t begin, int64_t end, int64_t first, int64_t last) const {
     place(own, begin, end);
     VqRows& rows = own.rows;
     if (rows.count == 0) return;
@@ -248,7 +246,7 @@ class Search {
   }
 
   // Pass 2: exact scores of the candidates.
-  void settle(Scratch<T>& own, const VqCandidates* found, int64_t lists) const {
+  void settle(Scratch& own, const VqCandidates* found, int64_t lists) const {
     const int64_t pairs = VAEOPS_DISPATCH(pairs)(), k = std::max<int64_t>(call_.k, 1);
     std::vector<Best>& best = own.best;  // of the rows under way
     int64_t row[kMostPairs], group[kMostPairs];
@@ -298,7 +296,7 @@ class Search {
     }
   }
 
-  void score_pairs(Scratch<T>& own, const int64_t* row, const int64_t* group, int64_t count,
+  void score_pairs(Scratch& own, const int64_t* row, const int64_t* group, int64_t count,
                    std::vector<Best>& best) const {
     const int64_t pairs = VAEOPS_DISPATCH(pairs)();
     const double* x[kMostPairs];
