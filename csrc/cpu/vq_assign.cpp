@@ -98,6 +98,7 @@ class Best {
 };
 
 constexpr int kMostPairs = 4;  // of any instruction set
+constexpr double kSerialProducts = 1 << 23;
 
 // What a thread works in.
 struct Scratch {
@@ -339,6 +340,9 @@ class Search {
 
 void vq_assign(const VqAssign& call, ParallelFor parallel) {
   if (call.shape.n == 0) return;
+  // Waking threads costs more than a small search takes. Nothing depends on who does the work.
+  const double products = static_cast<double>(call.shape.n) * static_cast<double>(call.codes) * call.dims;
+  if (products < kSerialProducts) parallel = serial;
   Workspace memory;
   const VqPlan p = make_plan(call, memory, parallel);
   switch (call.x.operand.dtype) {

@@ -253,6 +253,18 @@ static void pack_group(const VqPlan& p, const E* columns, int64_t group, uint16_
   }
 }
 
+// A group beyond the codebook's end, where the block goes on: it is never chosen, and pass 2 does not look at it.
+static void pack_absent(const VqPlan& p, int64_t group, uint32_t* words) {
+  const int64_t count = p.amx ? p.slots / 2 : p.dims, slot = (p.split ? 3 : 1) * p.dims;
+  std::memset(words, 0, static_cast<size_t>(count) * kGroup * sizeof(uint32_t));
+  const uint32_t never = static_cast<uint32_t>(to_bf16(kNever).bits) << (slot % 2 * 16);
+  for (int t = 0; t < kGroup; ++t) {
+    if (p.bias_slots) words[slot / 2 * kGroup + t] = never;
+    p.bias[(group / kBlockGroups * kGroup + t) * kBlockGroups + group % kBlockGroups] = p.bias_slots ? 0 : kNever;
+  }
+  p.norm[group] = p.residual[group] = p.slack[group] = p.raw_norm[group] = 0;
+}
+
 template <class T, class E>
 static void load_columns(const VqPlan& p, int64_t group, E* columns /* [D][16] */) {
   const T* const codebook = static_cast<const T*>(p.call->codebook) + group * kGroup * p.dims;
@@ -287,6 +299,10 @@ static void pack_block(const VqPlan& p, int64_t block, double* columns64 /* [D][
     const int64_t group = block * kBlockGroups + j;
     float* const columns = p.columns == nullptr ? nullptr : p.columns + group * p.dims * kGroup;
     uint32_t* const own = words + j * group_step(p);
+    if (group * kGroup >= p.codes) {
+      pack_absent(p, group, own);
+      continue;
+    }
     switch (p.call->codebook_dtype) {
       case Dtype::f32:
         load_columns<float>(p, group, columns);

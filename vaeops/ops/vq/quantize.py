@@ -33,7 +33,7 @@ class _Quantize(Function):
 
     @staticmethod
     def forward(x, codebook, indices, counts, sums, options):
-        _, reduction, impl = options
+        _, reduction, impl, _ = options
         quantized, loss = GATHER[impl](indices, codebook, x, 0.0, reduction)
         return quantized, loss, loss.clone()
 
@@ -48,13 +48,13 @@ class _Quantize(Function):
     @staticmethod
     def backward(ctx, gq, g_commit, g_codebook):
         x, codebook, indices, counts, sums = ctx.saved_tensors
-        estimator, reduction, impl = ctx.options
+        estimator, reduction, impl, masked = ctx.options
         gx = ge = None
         if ctx.needs_input_grad[0] and (g_commit is not None or (gq is not None and estimator)):
-            w = None if g_commit is None else _per_element(g_commit, x, indices, reduction)
+            w = None if g_commit is None else _per_element(g_commit, x, indices if masked else None, reduction)
             gx = _GATHER_BWD[impl](gq, w, x, codebook, indices, estimator)
         if ctx.needs_input_grad[1] and g_codebook is not None:
-            w = _per_element(g_codebook, x, indices, reduction)
+            w = _per_element(g_codebook, x, indices if masked else None, reduction)
             if reduction == 0:
                 counts, sums = SEGMENT_SUM[impl](x, indices, w, None, codebook.shape[0], True, True)
                 w = torch.ones_like(counts[0])
@@ -68,11 +68,18 @@ class _Quantize(Function):
         return gx, ge, None, None, None, None
 
 
-def _per_element(g: Tensor, x: Tensor, indices: Tensor, reduction: int) -> Tensor:
-    """The gradient of sum_d (x_d - e_d)^2, [] or [*R], from that of the reduced loss."""
+def _per_element(g: Tensor, x: Tensor, indices: Tensor | None, reduction: int) -> Tensor:
+    """The gradient of sum_d (x_d - e_d)^2, [] or [*R], from that of the reduced loss.
+
+    indices: None where every row is used.
+    """
     if reduction == 0:
         return g / x.shape[-1]
-    return g / (x.shape[-1] * (indices >= 0).sum().clamp(min=1)) if reduction == 1 else g
+    if reduction == 2:
+        return g
+    if indices is None:
+        return g / torch.sym_max(x.numel(), 1)
+    return g / (x.shape[-1] * (indices >= 0).sum().clamp(min=1))
 
 
 class Once(Function):
@@ -186,6 +193,7 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, metric: str = "l2", estimato
         check.one_of(op, "estimator", estimator, ref.ESTIMATORS),
         check.one_of(op, "reduction", reduction, ref.REDUCTIONS),
         impl,
+        mask is not None,
     )
     exact = check.exact(op, precision)
     if deterministic not in DETERMINISTIC:
