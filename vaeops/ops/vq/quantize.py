@@ -49,12 +49,13 @@ class _Quantize(Function):
     def backward(ctx, gq, g_commit, g_codebook):
         x, codebook, indices, counts, sums = ctx.saved_tensors
         estimator, reduction, impl, masked = ctx.options
+        marked = indices if masked else None
         gx = ge = None
         if ctx.needs_input_grad[0] and (g_commit is not None or (gq is not None and estimator)):
-            w = None if g_commit is None else _per_element(g_commit, x, indices if masked else None, reduction)
+            w = None if g_commit is None else _per_element(g_commit, x, marked, reduction)
             gx = _GATHER_BWD[impl](gq, w, x, codebook, indices, estimator)
         if ctx.needs_input_grad[1] and g_codebook is not None:
-            w = _per_element(g_codebook, x, indices if masked else None, reduction)
+            w = _per_element(g_codebook, x, marked, reduction)
             if reduction == 0:
                 counts, sums = SEGMENT_SUM[impl](x, indices, w, None, codebook.shape[0], True, True)
                 w = torch.ones_like(counts[0])
