@@ -1,9 +1,9 @@
 """Every case, by family. A new op adds its file here."""
 
 from ..case import Case
-from . import gaussian, rng
+from . import gaussian, rng, vq
 
-ALL: list[Case] = [*rng.CASES, *gaussian.CASES]
+ALL: list[Case] = [*rng.CASES, *gaussian.CASES, *vq.CASES]
 
 
 def select(patterns: list[str] | None) -> list[Case]:
