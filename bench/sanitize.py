@@ -53,7 +53,31 @@ def gaussian(impl: str) -> None:
     _step(SHAPES[-1], torch.float32, "dim", impl)
 
 
-FAMILIES = {"rng": rng, "gaussian": gaussian}
+def vq(impl: str) -> None:
+    """Both passes of the search, rows that the first leaves open, every estimator, empty segments."""
+    for n, k, d in ((1, 1, 1), (97, 63, 3), (300, 200, 33), (70, 1030, 65)):
+        x, codebook = (torch.randn(size, d, device=DEVICE, requires_grad=True) for size in (n, k))
+        mask = torch.arange(n, device=DEVICE) % 5 != 1
+        for metric, estimator, deterministic in zip(
+            ("l2", "cosine", "dot"), ("ste", "rotation", "none"), (None, "bitwise", None)
+        ):
+            out = vaeops.vector_quantize(
+                x,
+                codebook,
+                metric=metric,
+                estimator=estimator,
+                mask=mask,
+                stats=True,
+                deterministic=deterministic,
+                impl=impl,
+            )
+            (out.quantized.sum() + out.commit_loss + out.codebook_loss).backward()
+        vaeops.vq_assign(x, codebook[:1].expand(k, d), impl=impl)
+        vaeops.vq_topk(x, codebook, min(k, 3), impl=impl)
+        vaeops.vq_lookup(vaeops.vq_assign(x, codebook, impl=impl), codebook, impl=impl).sum().backward()
+
+
+FAMILIES = {"rng": rng, "gaussian": gaussian, "vq": vq}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,9 +2,8 @@
 
     python bench/sweep.py --out sweep.csv [--case FAMILY]
 
-The hook is `vaeops.kernels._layout.settings(dtype, prior_sums) -> (elements of a tile, warps)`, which the
-launchers ask at every call. Each candidate takes its place, passes the case's check, and is timed in rounds
-interleaved with the others'.
+The hook is a module's function `settings`, which its launchers ask at every call. Each candidate takes its
+place, passes the case's check, and is timed in rounds interleaved with the others'.
 """
 
 import argparse
@@ -15,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 if __package__ in (None, ""):  # run as a script: its own folder gives way to the repository's root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -24,10 +24,9 @@ import torch
 from bench import measure, results
 from bench.case import Case, Row
 from bench.cases import select
-from bench.text import time_text
+from bench.text import UNITS, time_text
 from vaeops.ops._library import why_not
 
-ELEMENTS = (512, 1024, 2048, 4096)
 WARPS = (4, 8)
 CASES = [
     "rng/2^24",
@@ -36,31 +35,55 @@ CASES = [
     "gaussian/4096x256-fp32-sample",
     "gaussian/4096x256-fp32-freebits",
     "gaussian/128x20-fp32-batchmean",
+    "vq/65536x1024x64",
+    "vq/16384x8192x64",
+    "vq/16384x8192x256",
+    "vq/16384x16384x8",
 ]
 FIELDS = (
-    "commit", "versions", "machine", "date", "case", "direction", "elements", "warps", "present", "median_us",
+    "commit", "versions", "machine", "date", "case", "direction", "settings", "present", "median_us",
     "p20_us", "p80_us", "min_us", "rounds", "g_per_s",
 )  # fmt: skip
 
 
-def use(layout: ModuleType, settings: Callable) -> None:
+class Hook(NamedTuple):
+    """A case's hook: the module with `settings`, what it returns now, and what to try instead."""
+
+    module: ModuleType
+    present: tuple[int, ...]
+    candidates: list[tuple[int, ...]]
+
+
+def hook(case: Case) -> Hook:
+    if case.family == "vq":  # (rows of a program, dims of a step, warps) of the fast pass
+        module = importlib.import_module("vaeops.kernels.vq.assign")
+        present = module.settings(case.d, case.dtype)  # type: ignore[attr-defined]
+        return Hook(
+            module, present, [(n, present[1], w) for n, w in itertools.product((64, 128, 256), WARPS)]
+        )
+    module = importlib.import_module("vaeops.kernels._layout")  # (elements of a tile, warps)
+    return Hook(module, module.settings(case.dtype), list(itertools.product((512, 1024, 2048, 4096), WARPS)))
+
+
+def use(module: ModuleType, settings: Callable) -> None:
     """Launchers look `settings` up in its module at every call."""
-    layout.settings = settings  # type: ignore[attr-defined]
+    module.settings = settings  # type: ignore[attr-defined]
 
 
 def triton_row(case: Case, device: torch.device) -> Row:
     return next(row for row in case.rows(device, compiled=False) if row.name == "vaeops (triton)")
 
 
-def sweep(case: Case, layout: ModuleType, device: torch.device, rounds: int) -> list[dict]:
+def sweep(case: Case, device: torch.device, rounds: int) -> list[dict]:
     """Rows of FIELDS for every candidate that compiles and is right; prints them, the quickest first."""
     torch.manual_seed(0)
     sets = measure.input_sets(case, device)
     row = triton_row(case, device)
-    present = layout.settings
+    module, present, candidates = hook(case)
+    original = module.settings
     work = {}
-    for candidate in itertools.product(ELEMENTS, WARPS):
-        use(layout, _always(candidate))
+    for candidate in candidates:
+        use(module, _always(candidate))
         try:
             shares = case.check(row, sets[0])
         except Exception as error:
@@ -71,33 +94,32 @@ def sweep(case: Case, layout: ModuleType, device: torch.device, rounds: int) -> 
             continue
         for direction, step in measure.steps(case, row, sets).items():
             # Backward runs outside the row's call, so the candidate is put in place before each step.
-            work[f"{candidate[0]} {candidate[1]}", direction] = _stepper(layout, _always(candidate), step)
+            work[" ".join(map(str, candidate)), direction] = _stepper(module, _always(candidate), step)
     timings = measure.interleaved(work, rounds, 0.005, device) if work else {}
-    use(layout, present)
+    use(module, original)
     found = []
     for (name, direction), timing in sorted(timings.items(), key=lambda item: (item[0][1], item[1].median)):
-        elements, warps = map(int, name.split())
         size = case.work_forward + (case.work_backward if "backward" in direction else 0)
-        mark = (elements, warps) == tuple(present(case.dtype))
-        print(f"  {direction:17s} {elements:5d} elements {warps} warps  {time_text(timing.median):>9s}  "
-              f"{size / timing.median / 1e9:7.1f} GB/s{'  (present)' if mark else ''}")  # fmt: skip
+        mark = name == " ".join(map(str, present))
+        print(f"  {direction:17s} {name:12s}  {time_text(timing.median):>9s}  "
+              f"{size / timing.median / 1e9:7.1f} {UNITS[case.ceiling]}{'  (present)' * mark}")  # fmt: skip
         found.append({
-            "case": f"{case.family}/{case.name}", "direction": direction, "elements": elements,
-            "warps": warps, "present": int(mark), "rounds": timing.rounds, **timing.microseconds(),
+            "case": f"{case.family}/{case.name}", "direction": direction, "settings": name,
+            "present": int(mark), "rounds": timing.rounds, **timing.microseconds(),
             "g_per_s": f"{size / timing.median / 1e9:.3f}",
         })  # fmt: skip
     return found
 
 
-def _always(candidate: tuple[int, int]) -> Callable:
-    return lambda dtype, prior_sums=False: candidate
+def _always(candidate: tuple[int, ...]) -> Callable:
+    return lambda *_, **__: candidate
 
 
 def _stepper(
-    layout: ModuleType, settings: Callable, step: Callable[[int], object]
+    module: ModuleType, settings: Callable, step: Callable[[int], object]
 ) -> Callable[[int], object]:
     def run(i: int) -> None:
-        use(layout, settings)
+        use(module, settings)
         step(i)
 
     return run
@@ -114,7 +136,6 @@ def main(argv: list[str] | None = None) -> int:
     if refusal:
         print(f"not run: {refusal}")
         return 0
-    layout = importlib.import_module("vaeops.kernels._layout")
     device = torch.device("cuda")
     common = {"commit": results.commit(), "versions": results.versions(), "machine": results.machine(device),
               "date": results.today()}  # fmt: skip
@@ -124,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         for case in select(CASES):
             if args.case in (None, case.family):
                 print(f"{case.family}/{case.name}")
-                writer.writerows(common | row for row in sweep(case, layout, device, args.rounds))
+                writer.writerows(common | row for row in sweep(case, device, args.rounds))
                 file.flush()
     return 0
 

@@ -256,12 +256,19 @@ def test_launchers_take_the_settings_that_the_sweep_puts_in_place():
         mu, logvar = (torch.zeros(2, 4, requires_grad=True) for _ in range(2))
         out = vaeops.reparam_kl(mu, logvar, seed=seed, impl="triton")
         out.kl.backward()
+        from vaeops.kernels.vq import assign
+        original = assign.settings
+        sweep.use(assign, lambda *a: asked.append(a) or original(*a))
+        vaeops.vq_assign(torch.randn(3, 4), torch.randn(5, 4), impl="triton")
+        case = sweep.select(["vq/16384x8192x256"])[0]
+        use = sweep.hook(case)
+        assert use.present in use.candidates and use.module is assign
         print(len(asked))"""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert done.stdout.strip() == "3", done.stdout + done.stderr
+    assert done.stdout.strip() == "5", done.stdout + done.stderr
 
 
 def test_what_the_sanitizer_watches_runs(bench, monkeypatch):
