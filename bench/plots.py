@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .text import UNITS
 
@@ -23,18 +24,24 @@ def _last_direction(rows: list[dict]) -> list[dict]:
 
 
 def _kind(row: dict) -> str:
-    """The case without its shape: what a line of the time plot has in common."""
+    """The case without its shape: what a line of the time plot has in common. N x K x D: without N and K."""
     parts = CASE_SHAPE.fullmatch(row["case"])
     assert parts is not None, row["case"]
+    if parts["family"].startswith("vq"):
+        return f"{parts['family']} D = {parts['shape'].split('x')[-1]}"
     return f"{parts['family']} {parts['prefix'] or ''}{parts['kind'].lstrip('-')}"
 
 
-def _colors(rows: list[dict]) -> dict[str, str]:
+def _colors(rows: list[dict]) -> dict[str, Any]:
     """One colour a contender, the same in every picture."""
-    return {name: f"C{i % 10}" for i, (name,) in enumerate(sorted(_by(rows, "row")))}
+    import matplotlib
+
+    palette = matplotlib.colormaps["tab20"].colors  # the strong one of each pair first
+    order = [*palette[::2], *palette[1::2]]
+    return {name: order[i % len(order)] for i, (name,) in enumerate(sorted(_by(rows, "row")))}
 
 
-def _time_by_size(rows: list[dict], title: str, path: Path) -> None:
+def _time_by_size(rows: list[dict], title: str, path: Path, colors: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     kinds = _by(({**r, "kind": _kind(r)} for r in rows), "kind")
@@ -44,7 +51,6 @@ def _time_by_size(rows: list[dict], title: str, path: Path) -> None:
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes in grid[len(kinds) :]:
         axes.remove()
-    colors = _colors(rows)
     for axes, ((kind,), group) in zip(grid, kinds.items()):
         for (name,), line in _by(group, "row").items():
             line = sorted(line, key=lambda r: int(r["elements"]))
@@ -58,23 +64,24 @@ def _time_by_size(rows: list[dict], title: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def _bars(rows: list[dict], value: str, scale: float, label: str, title: str, path: Path) -> None:
+def _bars(rows: list[dict], value: str, scale: float, label: str, title: str, path: Path,
+          colors: dict[str, Any], log: bool = False) -> None:  # fmt: skip
     from matplotlib.figure import Figure
 
     cases = _by(rows, "case")
-    names = list(_by(rows, "row"))
     figure = Figure(figsize=(8, 1.5 + 0.16 * (len(rows) + len(cases))), layout="constrained")
     axes = figure.subplots()
-    height, colors = 0.9 / len(names), _colors(rows)
-    for j, (name,) in enumerate(names):
-        at = [(i + j * height, float(r[value]) * scale)
-              for i, group in enumerate(cases.values()) for r in group if r["row"] == name]  # fmt: skip
-        axes.barh([y for y, _ in at], [x for _, x in at], height, label=name, color=colors[name])
-    axes.set_yticks(
-        [i + 0.45 - height / 2 for i in range(len(cases))], [case for (case,) in cases], fontsize=7
-    )
-    axes.invert_yaxis()
-    axes.set(xlabel=label, title=title)
+    places, middles, top = {}, [], 0
+    for group in cases.values():  # a bar each, and the space of one between the cases
+        places |= {id(r): top + i for i, r in enumerate(group)}
+        middles.append(top + (len(group) - 1) / 2)
+        top += len(group) + 1
+    for (name,), group in _by(rows, "row").items():
+        values = [float(r[value]) * scale for r in group]
+        axes.barh([places[id(r)] for r in group], values, 0.9, label=name, color=colors[name])
+    axes.set_yticks(middles, [case for (case,) in cases], fontsize=7)
+    axes.set_ylim(top - 1, -1)
+    axes.set(xlabel=label, title=title, xscale="log" if log else "linear")
     figure.legend(loc="outside lower center", ncols=4, fontsize=7)
     figure.savefig(path)
 
@@ -89,17 +96,11 @@ def draw(rows: list[dict], folder: Path, machine: str, threads: int) -> list[Pat
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{machine}-{name}.png" for name in ("time", "share", "memory")]
     title = f"{machine}, {threads} CPU threads"
-    _time_by_size(rows, title, paths[0])
+    colors = _colors(rows)
+    _time_by_size(rows, title, paths[0], colors)
     bounds = ", ".join(f"{name} {rate:.0f} {UNITS[name]}" for name, rate in ceilings.items())
-    _bars(
-        rows, "share", 100, f"the fused kernel's work over time, % of the ceiling ({bounds})", title, paths[1]
-    )
-    _bars(
-        [r for r in rows if int(r["memory_bytes"])],
-        "memory_bytes",
-        2**-20,
-        "MiB",
-        title + ": memory",
-        paths[2],
-    )
+    share = f"work of the fused kernel over time, % of the ceiling\n({bounds})"
+    _bars(rows, "share", 100, share, title, paths[1], colors)
+    kept = [r for r in rows if int(r["memory_bytes"])]
+    _bars(kept, "memory_bytes", 2**-20, "MiB", title + ": memory", paths[2], colors, log=True)
     return paths
