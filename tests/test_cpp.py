@@ -21,4 +21,4 @@ def test_ctest() -> None:
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     run("cmake", "-S", str(ROOT), "-B", build, *generator)
     run("cmake", "--build", build)
-    run("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error")
+    run("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error", "-j", "2")

@@ -337,6 +337,22 @@ def test_gather_and_loss(impl, x_dtype, e_dtype, d):
         assert torch.equal(plain, torch.where(used[:, None], codes, torch.tensor(-2.0, dtype=e_dtype)))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(vaeops._native.why_not("_ops_cpu") is not None, reason="too much for the reference")
+def test_more_than_2_31_elements():
+    d = 64
+    x = torch.zeros(2**31 // d + 8, d, dtype=torch.bfloat16)
+    x[-8:] = torch.randn(8, d)
+    codebook = torch.randn(5, d)
+    codebook[3] = 0  # the nearest of a zero row
+    out = vaeops.vector_quantize(x, codebook, stats=True, reduction="sum")
+    last = vaeops.vector_quantize(x[-8:].clone(), codebook, stats=True, reduction="sum")
+    assert bool((out.indices[:-8] == 3).all()) and torch.equal(out.indices[-8:], last.indices)
+    assert torch.equal(out.quantized[-8:], last.quantized) and not out.quantized[-1000:-8].any()
+    assert torch.equal(out.sums, last.sums) and torch.equal(out.commit_loss, last.commit_loss)
+    assert abs(int(out.counts[3]) - (x.shape[0] - 8)) <= 8  # fp32 holds 2^25 to a multiple of 4
+
+
 @pytest.mark.parametrize("index", [-2, 50, 2**40])
 def test_an_index_out_of_range_is_an_error(impl, index):
     e, x = torch.randn(50, 4), torch.randn(3, 4)
