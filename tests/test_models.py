@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vaeops.models import MLPVAE
+from vaeops.models import MLPVAE, MLPVQVAE
+from vaeops.train import workshop_vq
 
 SEED = torch.tensor([11, 0])
 
@@ -69,3 +70,18 @@ def test_training_agrees_with_the_reference():
 def test_refuses_unknown_ops():
     with pytest.raises(ValueError, match="ops must be one of"):
         MLPVAE(4, (4,), 2, ops="eager")
+
+
+@pytest.mark.parametrize(("codes", "parameters"), [(10, 1_069_584), (32, 1_075_216)])
+def test_parameter_counts_with_a_codebook(codes, parameters):
+    assert sum(p.numel() for p in MLPVQVAE(784, (512,), 256, codes).parameters()) == parameters
+
+
+def test_training_with_a_codebook_agrees_with_the_reference():
+    images = torch.rand(256, 5, 5, generator=torch.Generator().manual_seed(2))
+    options = {"codes": 8, "dim": 6, "hidden": (16,), "commitment": 1.0, "steps": workshop_vq.TAIL, "seed": 5}
+    ours, theirs = (workshop_vq.train(images, **options, ops=ops) for ops in ("fused", "ref"))
+    assert ours.recon == pytest.approx(theirs.recon, rel=1e-4)
+    assert ours.perplexity == pytest.approx(theirs.perplexity, rel=1e-4)
+    with pytest.raises(ValueError, match="ops must be one of"):
+        MLPVQVAE(4, (4,), 2, 3, ops="eager")

@@ -76,12 +76,18 @@ def codes_by_label(model: MLPVQVAE, images: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def draw(out: Path, model: MLPVQVAE, table: Tensor, side: int) -> None:
-    """The decoded codebook and the code x digit table, codes ordered by the digit that they stand for."""
+    """The decoded codebook and the code x digit table, codes ordered by the digit that they stand for.
+
+    Codes that no image has come last, and are not in the table.
+    """
     out.mkdir(parents=True, exist_ok=True)
     order = sorted(range(len(table)), key=lambda k: (int(table[k].sum()) == 0, int(table[k].argmax()), k))
     decoded = model.decode(model.codebook)[order].unflatten(1, (side, side)).numpy()
-    plots.image_grid(out / PICTURES[0], "What each code decodes to", decoded, columns=min(8, len(order)))
-    plots.code_table(out / PICTURES[1], "Images of each digit by code", table[order].numpy(), order)
+    used = [k for k in order if int(table[k].sum()) > 0]
+    unused = len(order) - len(used)
+    title = "What each code decodes to" + (f" (the last {unused} are not in use)" if unused else "")
+    plots.image_grid(out / PICTURES[0], title, decoded, columns=min(8, len(order)))
+    plots.code_table(out / PICTURES[1], "Images of each digit by code", table[used].numpy(), used)
 
 
 def summary(run: Run, table: Tensor) -> str:
