@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from test_bad_arguments import EXPECTED, MUTATIONS, mutate
 
 import vaeops
 from vaeops.ref import vq as ref
@@ -207,33 +208,6 @@ def test_bad_arguments_under_compile(call, error, text):
 
 
 # ---- valid arguments with one mutation: computes the right shapes, or says what is wrong
-
-MUTATIONS = ("none", "dtype", "rank", "size", "transpose", "expand", "meta", "empty", "nan", "type")
-EXPECTED = (ValueError, TypeError, RuntimeError, NotImplementedError)
-
-
-def mutate(how, x, draw):
-    if how == "dtype":
-        return x.to(
-            draw(st.sampled_from([torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.bool]))
-        )
-    if how == "rank":
-        return x.unsqueeze(draw(st.integers(0, x.dim())))
-    if how == "size":
-        return torch.ones([s + 1 for s in x.shape], dtype=x.dtype)
-    if how == "transpose" and x.dim() > 1:
-        return x.transpose(0, 1)
-    if how == "expand" and x.dim() > 0 and x.shape[0] > 0:
-        return x[:1].expand(x.shape)
-    if how == "meta":
-        return x.to("meta")
-    if how == "empty" and x.dim() > 0:
-        return x[..., :0]
-    if how == "nan" and x.is_floating_point():
-        return torch.full_like(x, math.nan)
-    if how == "type":
-        return draw(st.sampled_from([None, 1.0, "x", [1.0]]))
-    return x
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))

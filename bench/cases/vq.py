@@ -50,11 +50,16 @@ def _scores(x: Tensor, codebook: Tensor) -> Tensor:
     return (codebook.double() ** 2).sum(1) / 2 - x.double() @ codebook.double().t()
 
 
-def _gap_share(x: Tensor, codebook: Tensor, score: Tensor, dtype: torch.dtype = torch.float32) -> float:
-    """How much worse than the best score, over what a formula in `dtype` can lose by rounding."""
+def _gap_share(x: Tensor, codebook: Tensor, score: Tensor, rounding: float) -> float:
+    """How much worse than the best score, over what is allowed: `rounding` times |x|^2 + max |e|^2."""
     best = _scores(x, codebook).amin(1)
     size = x.double().pow(2).sum(1) + codebook.double().pow(2).sum(1).amax()
-    return float(((score - best) / (x.shape[1] * torch.finfo(dtype).eps * size)).amax())
+    return float(((score - best) / (rounding * size)).amax())
+
+
+def _sums_in_fp32(x: Tensor) -> float:
+    """What sums over D can lose in fp32."""
+    return x.shape[1] * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -106,8 +111,9 @@ class AssignCase:
         x, indices = x[_probe(x)], indices[_probe(x)]
         chosen = _scores(x, codebook).gather(1, indices[:, None].long())[:, 0]
         if row.name == FAST:
-            return {"gap": _gap_share(x, codebook, chosen, torch.bfloat16)}
-        shares = {"gap": _gap_share(x, codebook, chosen)}
+            # Operands in bf16 lose 2^-8 |x| |e| a score at most, and two scores are compared.
+            return {"gap": _gap_share(x, codebook, chosen, torch.finfo(torch.bfloat16).eps / 2)}
+        shares = {"gap": _gap_share(x, codebook, chosen, _sums_in_fp32(x))}
         if row.ours:
             wrong = indices != vaeops.vq_assign(x, codebook, impl="ref")
             shares["wrong rows"] = float("inf") if bool(wrong.any()) else 0.0
@@ -163,7 +169,7 @@ class TrainingCase(AssignCase):
         shares = {"loss": float((loss.detach().double() - mean).abs() / (mean * 1e-5))}
         x, quantized = x[_probe(x)], quantized[_probe(x)]
         score = (quantized.double() ** 2).sum(1) / 2 - (x.double() * quantized.double()).sum(1)
-        return shares | {"gap": _gap_share(x, codebook, score)}
+        return shares | {"gap": _gap_share(x, codebook, score, _sums_in_fp32(x))}
 
 
 CASES = [
