@@ -28,7 +28,7 @@ test-all: $(BUILT)
 .venv/ready: constraints.txt pyproject.toml
 	test -x .venv/bin/python || python3 -m venv .venv
 	$(PIP) install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch triton numpy setuptools \
-	  ninja pybind11 pytest pytest-benchmark hypothesis scikit-learn matplotlib tqdm ruff mypy clang-format \
+	  ninja pybind11 pytest pytest-benchmark hypothesis scikit-learn matplotlib pillow tqdm ruff mypy clang-format \
 	  vector-quantize-pytorch diffusers
 	touch $@
 
