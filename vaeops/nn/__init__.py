@@ -9,3 +9,4 @@ from .latent import (
 from .quantize import VectorQuantize as VectorQuantize
 from .residual import GroupedResidualVQ as GroupedResidualVQ, ResidualVQ as ResidualVQ
 from .scalar import FSQ as FSQ, LFQ as LFQ, SimVQ as SimVQ
+from .vgg import VGGTrunk as VGGTrunk

@@ -73,6 +73,22 @@ class Differentiable:
         return self._kernel[impl](*tensors, *options)
 
 
+class Once(Function):
+    """The identity on a gradient of `op`, whose own derivative, by whichever of its causes, is an error."""
+
+    @staticmethod
+    def forward(op, gradient, *causes):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.op}: there is no double backward")
+
+
 def _distinct(tensors: tuple) -> list:
     """The same tensors, each an object of its own: Dynamo refuses a Function that is given one twice."""
     result: list[Tensor | None] = []

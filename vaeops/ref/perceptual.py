@@ -58,6 +58,11 @@ def tap_codes(arch: str) -> dict[str | int, int | None]:
     return codes
 
 
+def tap_names(arch: str, codes: Sequence[int]) -> list[str]:
+    names = {code: name for name, code in tap_codes(arch).items() if isinstance(name, str)}
+    return [names[code] for code in codes]
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """fp64 where a tensor is, else fp32: the dtype of maps, losses and their gradients."""
     return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
