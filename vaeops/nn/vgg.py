@@ -33,25 +33,25 @@ class VGGTrunk(nn.Module):
 
     Args:
         arch: "vgg11" | "vgg13" | "vgg16" | "vgg19", or with "_bn".
-        weights: of each convolution, in order: weight [K, C, 3, 3], bias [K]; with "_bn" also its batch norm's
-            weight, bias, running_mean and running_var.
+        weights: of each convolution, in order: weight [K, C, 3, 3], bias [K]; with "_bn" also its batch
+            norm's weight, bias, running_mean and running_var.
         bn: of an arch with batch norm: "fold" (the default): the running statistics, folded into the
             convolutions in fp64 | "batch": the statistics of each batch that comes, as in training mode; the
             images of a batch then mix, and a loss must be "mean" or "sum".
         input_range: (lo, hi) of the images' values. uint8 images are 0 to 255 whatever it is.
-        normalize: "imagenet": (u - mean) / std of torchvision's channels, u = (p - lo) / (hi - lo) | None: the
-            images enter as they are | (mean, std): three numbers each, for u. Exact at the borders: what
+        normalize: "imagenet": (u - mean) / std of torchvision's channels, u = (p - lo) / (hi - lo) | None:
+            the images enter as they are | (mean, std): three numbers each, for u. Exact at the borders: what
             is padded is the normalised image.
-        precision: "fp32" | "bf16": bf16 products with fp32 sums, where the device multiplies bf16 faster; on a
-            CPU without AMX the fp32 kernels, which are faster and more exact there, serve it. Maps are bf16.
+        precision: "fp32" | "bf16": bf16 products with fp32 sums, where the device multiplies bf16 faster; on
+            a CPU without AMX the fp32 kernels serve it, which are faster and more exact there. Maps are bf16.
         winograd: fp32 convolutions by Winograd's F(4x4, 3x3), which rounds a little more; False: directly.
 
-    Attributes: the arguments, but weights; `device`, `dtype`, `checksum` (SHA-256 of the folded fp32 weights).
+    Attributes: the arguments, but weights; `device`, `dtype`, `checksum` (SHA-256 of the folded weights).
     """
 
     def __init__(self, arch: str, weights: Sequence[Tensor], *, bn: str | None = None,
                  input_range: tuple[float, float] = (-1.0, 1.0),
-                 normalize: str | None | tuple[Sequence[float], Sequence[float]] = "imagenet",
+                 normalize: str | tuple[Sequence[float], Sequence[float]] | None = "imagenet",
                  precision: str = "fp32", winograd: bool = True) -> None:  # fmt: skip
         super().__init__()
         _check_arch(arch)
@@ -112,8 +112,8 @@ class VGGTrunk(nn.Module):
     def features(self, x: Tensor, taps: Sequence[str | int], *, impl: str | None = None) -> list[Tensor]:
         """The maps [B, K, h, w] of x [B, 3, H, W] at the taps; x and taps as in `vaeops.perceptual_loss`.
 
-        Channels_last strides; fp32 (bf16 for precision="bf16", fp64 for fp64), also under autocast. Gradient to
-        x; saved for backward: x, a bit for each element before a ReLU and two for each pooled one. Double
+        Channels_last strides; fp32 (bf16 for precision="bf16", fp64 for fp64), also under autocast. Gradient
+        to x; saved for backward: x, a bit for each element before a ReLU and two for each pooled one. Double
         backward raises. With bn="batch", activations are saved.
         """
         return trunk_features("VGGTrunk.features", self, x, taps, impl)
@@ -141,31 +141,30 @@ class VGGTrunk(nn.Module):
         if codes not in self._cuts:
             layers = ref.ARCHS[self.arch.removesuffix("_bn")][: codes[-1] // 2 + 1]
             convolutions = sum(bool(channels) for channels in layers)
-            weights, norms = self._folded[: 2 * convolutions], ()
+            weights, norms = self._folded[: 2 * convolutions], []
             if self.bn == "batch":
                 each = [self._weights[6 * i : 6 * i + 6] for i in range(convolutions)]
                 weights = [t for six in each for t in six[:2]]
-                norms = tuple((six[2], six[3]) for six in each)
+                norms = [(six[2], six[3]) for six in each]
             algorithm = 2 if self.precision == "bf16" else 0 if self.winograd else 1
-            self._cuts[codes] = Cut(layers, codes, tuple(weights), algorithm, self._constants, norms,
+            self._cuts[codes] = Cut(layers, codes, tuple(weights), algorithm, self._constants, tuple(norms),
                                     vgg_weights.NORM_EPS, self._packs)  # fmt: skip
         return self._cuts[codes]
 
     def sequential(self) -> nn.Sequential:
-        """torchvision's whole `features` with copies of the weights, frozen, in eval mode: the rival in PyTorch."""
+        """The same net in PyTorch: torchvision's whole `features` with copies of the weights, frozen."""
         layers: list[nn.Module] = []
         channels, rest = 3, iter(self._weights)
         for out in ref.ARCHS[self.arch.removesuffix("_bn")]:
             if not out:
                 layers.append(nn.MaxPool2d(2))
                 continue
-            made: list[nn.Module] = [
-                nn.Conv2d(channels, out, 3, padding=1, device=self.device, dtype=self.dtype)
-            ]
+            made: list[nn.Module] = [nn.Conv2d(channels, out, 3, padding=1)]
             if self.bn is not None:
-                made.append(nn.BatchNorm2d(out, vgg_weights.NORM_EPS, device=self.device, dtype=self.dtype))
+                made.append(nn.BatchNorm2d(out, vgg_weights.NORM_EPS))
             with torch.no_grad():
                 for part in made:
+                    part.to(self.device, self.dtype)
                     norm = isinstance(part, nn.BatchNorm2d)
                     for name in vgg_weights.NORM_PARTS if norm else vgg_weights.PARTS:
                         getattr(part, name).copy_(next(rest))
@@ -257,7 +256,8 @@ def _pixels(input_range: tuple[float, float], normalize: Any) -> tuple[tuple[flo
     mean, std = ([check.number("VGGTrunk", "normalize", v) for v in part] for part in normalize)
     if not all(s > 0 and math.isfinite(1 / s) for s in std):
         raise ValueError(f"VGGTrunk: normalize: stds must be > 0, got {std}")
-    return tuple(
-        (*(low + m * span for m in mean), *(1 / (s * span) for s in std))
-        for low, span in ((lo, hi - lo), (0.0, 255.0))
-    )
+
+    def pixels(lo: float, span: float) -> tuple[float, ...]:
+        return *(lo + m * span for m in mean), *(1 / (s * span) for s in std)
+
+    return pixels(lo, hi - lo), pixels(0.0, 255.0)

@@ -1,7 +1,7 @@
 """Reading the weights of a VGG: torchvision's names, or Keras' and NumPy's by block, from a dict or a file.
 
-What comes out is flat: for each convolution weight [K, C, 3, 3] and bias [K], and of nets with batch norm also
-its weight, bias, running_mean and running_var, each [K].
+What comes out is flat: for each convolution weight [K, C, 3, 3] and bias [K], and of nets with batch norm
+also its weight, bias, running_mean and running_var, each [K].
 """
 
 import importlib

@@ -1,6 +1,7 @@
 """Argument checks of the perceptual family: each names the argument, what came and what is taken."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,9 +53,9 @@ def same_image(op: str, x: Tensor, target: Tensor) -> None:
 
 def target_maps(op: str, x: Tensor, maps: Sequence[Tensor], shapes: Sequence[tuple], fp64: bool) -> None:
     """Cached maps [B, K, h, w] against x and the taps that they are for."""
-    types = (torch.float32, torch.bfloat16)
+    types = [torch.float32, torch.bfloat16]
     if fp64 or x.dtype is torch.float64:
-        types += (torch.float64,)
+        types.append(torch.float64)
     for m, shape in zip(maps, shapes):
         if tuple(m.shape) != shape:
             raise ValueError(f"{op}: target holds a map {list(m.shape)} where x has {list(shape)}")
@@ -88,19 +89,17 @@ def taps(op: str, arch: str, wanted: Any) -> tuple[int, ...]:
         if isinstance(tap, bool) or not isinstance(tap, (str, int)):
             raise TypeError(f"{op}: taps must hold names and indices, got {tap!r}")
         if tap not in known:
+            names = ", ".join(name for name in known if isinstance(name, str))
             last = max(name for name in known if isinstance(name, int))
-            raise ValueError(
-                f"{op}: taps: {arch} has no {tap!r}; it has {', '.join(n for n in known if isinstance(n, str))} "
-                f"and the indices 0 to {last} of its features"
-            )
+            raise ValueError(f"{op}: taps: {arch} has no {tap!r}; it has {names} and the indices 0 to {last}")
         code = known[tap]
         if code is None:
             raise ValueError(
                 f"{op}: taps: {tap} is a convolution of {arch} before its batch norm, which is part of it "
-                f"here; {tap + 1} comes after it"
+                "here; the next index comes after it"
             )
         codes.append(code)
-    if any(a >= b for a, b in zip(codes, codes[1:])):
+    if any(a >= b for a, b in pairwise(codes)):
         raise ValueError(f"{op}: taps must be in the net's order, each once, got {tuple(wanted)}")
     return tuple(codes)
 
@@ -132,9 +131,7 @@ def lin(op: str, value: Any, channels: Sequence[int], device: torch.device) -> l
         got = type(value).__name__
         raise TypeError(f"{op}: lin must be a list of one tensor [K] a tap for kind='lpips', got {got}")
     if len(value) != len(channels):
-        raise ValueError(
-            f"{op}: lin must hold a tensor for each of the {len(channels)} taps, got {len(value)}"
-        )
+        raise ValueError(f"{op}: lin must hold a tensor for each of {len(channels)} taps, got {len(value)}")
     return [lin_tensor(op, w, c, device) for w, c in zip(value, channels)]
 
 

@@ -138,10 +138,7 @@ def features(cut: Cut, x: Tensor, impl: str | None) -> list[Tensor]:
 def _batch_features(cut: Cut, x: Tensor, impl: str | None) -> list[Tensor]:
     """The same where batch norm takes the statistics of the batch: composed, keeps its activations."""
     dtype, pixels = ref.compute_dtype(x, *cut.weights), cut.pixels(x.dtype)
-    mean, rstd = (
-        torch.tensor(p, dtype=dtype, device=x.device).view(3, 1, 1) for p in (pixels[:3], pixels[3:])
-    )
-    v, at, maps = (x.to(dtype) - mean) * rstd, 0, []
+    v, at, maps = ref.normalized(x, pixels, dtype), 0, []
     for layer, channels in enumerate(cut.layers):
         if not channels:
             v = F.max_pool2d(v, 2)
@@ -164,8 +161,8 @@ class TargetCache:
         maps: [B, K, h, w] a tap; fp32, or bf16 (fp64 for fp64).
         taps: their names or indices, as `VGGTrunk.encode` took them.
 
-    `len(cache)` is B, `cache[2:5]`, `cache[[0, 3]]` and `cache[mask]` are caches of some images, `cache.to(...)`
-    moves it or makes it bf16. It belongs to the trunk that made it.
+    `len(cache)` is B, `cache[2:5]`, `cache[[0, 3]]` and `cache[mask]` are caches of some images,
+    `cache.to(...)` moves it or makes it bf16. It belongs to the trunk that made it.
     """
 
     def __init__(self, maps: Sequence[Tensor], taps: Sequence[str | int]) -> None:

@@ -81,7 +81,7 @@ def _scaled(gx: Tensor, g: Tensor) -> Tensor:
 
 
 class _Traced(Function):
-    """(value [B], gx) of (static, link, x, target, packed, *tensors); `link` ties x's graph to the gradient's."""
+    """(value [B], gx) of (static, link, x, target, packed, *tensors); link: x in the gradient's graph."""
 
     @staticmethod
     def forward(static, link, x, target, packed, *tensors):
@@ -145,15 +145,8 @@ def _attached(static: tuple, x: Tensor, target: Tensor | None, packed: Tensor, t
     return _run(static, x.detach(), target, packed, tensors, want_grad)
 
 
-def _static(cut: Cut, heads: tuple, lin: Sequence[Tensor], impl: str | None, x: Tensor,
-            target: Tensor | None, maps: int, mean: bool) -> tuple:  # fmt: skip
-    target_pixels = cut.pixels(torch.float32 if target is None else target.dtype)
-    return (impl, maps, len(lin), cut.layers, cut.taps, cut.pixels(x.dtype), target_pixels, *heads, mean,
-            cut.algorithm)  # fmt: skip
-
-
 def _heads(op: str, trunk: Any, terms: Sequence[Term]) -> tuple[Cut, tuple, list[Tensor]]:
-    """The trunk cut for all terms; each distance's tap (a position), kind and weight; those of lpips' weights."""
+    """The trunk cut for all terms; each distance's tap (a position), kind and weight; lpips' weights."""
     codes = [check.taps(op, trunk.arch, term.taps) for term in terms]
     cut = trunk.cut_at(tuple(sorted({code for taps in codes for code in taps})))
     heads, lin = [], []
@@ -248,33 +241,28 @@ def perceptual_loss(x: Tensor, target: Tensor | TargetCache, trunk: Any, *,
     if return_grad and x.dtype is torch.uint8:
         raise TypeError(f"{op}: return_grad: x is uint8, which has no gradient")
 
-    mean = reduction != "sum"
-    tensors = (*maps, *lins, *cut.weights)
-    wants_target = torch.is_grad_enabled() and image is not None and image.requires_grad
-    wants_x = torch.is_grad_enabled() and x.requires_grad
-    gx = None
     if cut.norms:
         check.scalar(op, reduction, return_grad)
+
+    def fused(ours: Tensor, theirs: Tensor | None) -> tuple[Tensor, Tensor]:
+        pixels = cut.pixels(ours.dtype), cut.pixels(torch.float32 if theirs is None else theirs.dtype)
+        static = (impl, len(maps), len(lins), cut.layers, cut.taps, *pixels, *heads, mean, cut.algorithm)
+        theirs, tensors = None if theirs is None else theirs.detach(), (*maps, *lins, *cut.weights)
+        return _attached(static, ours, theirs, cut.packed(impl), tensors, return_grad)
+
+    mean, gx = reduction != "sum", None
+    wants_target = torch.is_grad_enabled() and image is not None and image.requires_grad
+    if cut.norms or (wants_target and x.requires_grad):
         value = _by_maps(cut, heads, lins, x, image, maps, mean, impl)
+    elif image is not None and wants_target:
+        value = fused(image, x)[0]  # every distance is symmetric
     else:
-        packed = cut.packed(impl)
-        if return_grad or not wants_target:
-            fixed = None if image is None else image.detach()
-            static = _static(cut, heads, lins, impl, x, image, len(maps), mean)
-            value, gx = _attached(static, x, fixed, packed, tensors, return_grad)
-        if wants_target and wants_x:
-            value = _by_maps(cut, heads, lins, x, image, maps, mean, impl)
-        elif wants_target:  # every distance is symmetric
-            static = _static(cut, heads, lins, impl, image, x, 0, mean)
-            value = _attached(static, image, x.detach(), packed, tensors, False)[0]
+        value, gx = fused(x, image)
     loss = reduced(value, reduction_code)
     if not return_grad:
         return loss
-    return loss, _of_reduced(gx, reduction_code)
-
-
-def _of_reduced(gx: Tensor, reduction: int) -> Tensor:
-    return gx.detach() / torch.sym_max(gx.shape[0], 1) if reduction == 1 else gx.detach()
+    gx = (fused(x.detach(), image)[1] if gx is None else gx).detach()
+    return loss, gx / torch.sym_max(gx.shape[0], 1) if reduction == "mean" else gx
 
 
 def _by_maps(cut: Cut, heads: tuple, lins: Sequence[Tensor], x: Tensor, image: Tensor | None,
