@@ -88,6 +88,10 @@ class Once(Function):
     def backward(ctx, *_):
         raise RuntimeError(f"{ctx.op}: there is no double backward")
 
+    @staticmethod
+    def vmap(info, in_dims, op, gradient, *causes):
+        return Once.apply(op, gradient, *causes), in_dims[1]
+
 
 def _distinct(tensors: tuple) -> list:
     """The same tensors, each an object of its own: Dynamo refuses a Function that is given one twice."""

@@ -91,13 +91,14 @@ class _Traced(Function):
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(output[1], inputs[1])
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         ctx.count = len(inputs)
 
     @staticmethod
     def backward(ctx, g, _):
         gx, link = ctx.saved_tensors
-        out = _scaled(gx, g)
-        if torch.is_grad_enabled() and link is not None:
+        out = None if g is None else _scaled(gx, g)
+        if out is not None and torch.is_grad_enabled() and link is not None:
             out = Once.apply("perceptual_loss", out, g, link)
         return None, None, out, *[None] * (ctx.count - 3)
 
@@ -112,7 +113,7 @@ class _Full(_Traced):
 
     @staticmethod
     def jvp(ctx, static, link, x, target, *_):
-        if target is not None:
+        if x is None or target is not None:
             raise NotImplementedError("perceptual_loss: forward mode serves x alone, not the target")
         (gx,) = ctx.saved_for_forward
         return (gx * x).to(torch.promote_types(gx.dtype, torch.float32)).sum((1, 2, 3)), None
