@@ -145,8 +145,8 @@ void pool(const TrunkPlan& plan, const TrunkLayer& l, int64_t n, const void* x, 
 }
 
 // The gradient before the ReLU (and the pool, if `below` pools) that gave layer l's map. g null: no pool above.
-void spread(const TrunkPlan& plan, const TrunkLayer& l, int64_t n, const void* g, const uint16_t* code, const void* after,
-            const uint16_t* mask, const void* before, void* gx, ParallelFor inner) {
+void spread(const TrunkPlan& plan, const TrunkLayer& l, int64_t n, const void* g, const uint16_t* code,
+            const void* after, const uint16_t* mask, const void* before, void* gx, ParallelFor inner) {
   const int64_t h = l.out_height, w = l.out_width, row = w * l.out * plan.element(), words = w * l.out / 8;
   const int64_t pooled_h = h / 2, pooled_w = w / 2;
   parallel_for(inner, n * h, [&](int64_t r) {
@@ -205,15 +205,15 @@ void forward(const TrunkPlan& plan, const VggImage& image, int64_t first, int64_
         call.y = work.other(x);
       }
     }
-    i == 0 ? conv_first(plan.algorithm, image, first, call, work.conv, inner)
-           : conv_forward(plan.algorithm, call, work.conv, inner);
+    x == nullptr ? conv_first(plan.algorithm, image, first, call, work.conv, inner)
+                 : conv_forward(plan.algorithm, call, work.conv, inner);
     x = call.pooled != nullptr ? call.pooled : call.y;
   }
 }
 
 // gx [n, 3, H, W] from the gradients at the taps. `masked`: those after a ReLU are already those before it.
-void backward(const TrunkPlan& plan, int64_t n, const void* const* grad, bool masked, const uint8_t* saved, int64_t kept,
-              const float* rstd, void* gx, Dtype gx_dtype, const Work& work, ParallelFor inner) {
+void backward(const TrunkPlan& plan, int64_t n, const void* const* grad, bool masked, const uint8_t* saved,
+              int64_t kept, const float* rstd, void* gx, Dtype gx_dtype, const Work& work, ParallelFor inner) {
   const auto after = [&](const TrunkLayer& l) { return l.after >= 0 ? grad[l.after] : nullptr; };
   const auto before = [&](const TrunkLayer& l) { return l.before >= 0 ? grad[l.before] : nullptr; };
   const auto bits = [&](const TrunkLayer& l) { return saved_of(l, const_cast<uint8_t*>(saved), kept); };
