@@ -2,8 +2,8 @@
 
 The same training three times, from the same weights, batches and noise: the pixels' L1 alone; plus a
 perceptual loss by hooks on a whole VGG, as the workshop writes it; plus that loss by
-`vaeops.perceptual_loss`. It prints how far the losses of the last two lie apart and images/s of the three, and
-draws reconstructions.
+`vaeops.perceptual_loss`. It prints how far the losses of the last two lie apart and images/s of the three,
+and draws reconstructions.
 
 Without `--vgg` the trunk's weights are random: enough to show that the two agree, not to judge pictures by.
 """
