@@ -4,6 +4,7 @@ ReLUs and pools of the run itself)."""
 
 import pytest
 import torch
+from conftest import isas
 from perceptual_case import (
     KINDS,
     TAPS,
@@ -406,6 +407,7 @@ def test_gradients_at_corners(impl):
 # ---- opcheck
 
 
+@pytest.mark.parametrize("impl", ["ref", *(["cpp"] if isas() else [])])
 def test_opcheck(impl):
     x, target = images(2, 9, 6)
     weights, packed, layers, taps, pixels, algorithm = arguments(("relu1_1", "conv2_1"))
