@@ -71,10 +71,9 @@ def packed_elements(pixel, ok, K: tl.constexpr, BK: tl.constexpr, EACH: tl.const
 
 
 @triton.jit
-def store_packed(pointer, value, pixel, ok, K: tl.constexpr, EACH: tl.constexpr):
+def store_packed(pointer, value, pixel, ok, K: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
+                 EACH: tl.constexpr):  # fmt: skip
     """value int32 [M, BK] of 8 / EACH bits, packed."""
-    M: tl.constexpr = value.shape[0]
-    BK: tl.constexpr = value.shape[1]
     place = tl.arange(0, EACH)[None, None, :] * (8 // EACH)
     byte = tl.sum(tl.reshape(value, [M, BK // EACH, EACH]) << place, axis=2)
     at, exists = packed_elements(pixel, ok, K, BK, EACH)
@@ -82,13 +81,13 @@ def store_packed(pointer, value, pixel, ok, K: tl.constexpr, EACH: tl.constexpr)
 
 
 @triton.jit
-def load_packed(pointer, pixel, ok, K: tl.constexpr, BK: tl.constexpr, EACH: tl.constexpr):
+def load_packed(pointer, pixel, ok, K: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, EACH: tl.constexpr):
     """int32 [M, BK], the transpose of store_packed."""
     at, exists = packed_elements(pixel, ok, K, BK, EACH)
     byte = tl.load(pointer + at, mask=exists, other=0).to(tl.int32)
     place = tl.arange(0, EACH)[None, None, :] * (8 // EACH)
     value = (byte[:, :, None] >> place) & ((1 << (8 // EACH)) - 1)
-    return tl.reshape(value, [pixel.shape[0], BK])
+    return tl.reshape(value, [M, BK])
 
 
 @triton.jit
@@ -109,9 +108,8 @@ def finish(
     code,  # uint8 [n, h / 2, w / 2, K / 4] of the pool, or None
     height, width,
     K: tl.constexpr, RELU: tl.constexpr, T: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
-    M: tl.constexpr = v.shape[0]
-    BK: tl.constexpr = v.shape[1]
     k = channels(BK)
     image, row, column, ok = tile_at(height, width, TH, TW)
     pixel = pixels(image, row, column, height, width)
@@ -126,13 +124,13 @@ def finish(
     if y is not None:
         tl.store(y + at, v, mask=exists)
     if mask is not None:
-        store_packed(mask, (v > 0).to(tl.int32), pixel, ok, K, 8)
+        store_packed(mask, (v > 0).to(tl.int32), pixel, ok, K, TH * TW, BK, 8)
     if pooled is not None:
-        window = tl.permute(tl.reshape(v, [M // 4, 2, 2, BK]), [0, 3, 1, 2])
+        window = tl.permute(tl.reshape(v, [TH * TW // 4, 2, 2, BK]), [0, 3, 1, 2])
         left, right = tl.split(window)
         top_left, bottom_left = tl.split(left)
         top_right, bottom_right = tl.split(right)
-        zero = tl.zeros([M // 4, BK], tl.int32)
+        zero = tl.zeros([TH * TW // 4, BK], tl.int32)
         most, which = larger(top_left, zero, top_right, zero + 1)
         most, which = larger(most, which, bottom_left, zero + 2)
         most, which = larger(most, which, bottom_right, zero + 3)
@@ -141,7 +139,7 @@ def finish(
         at, exists = elements(pixel, ok, k, K, BK)
         tl.store(pooled + at, most, mask=exists)
         if code is not None:
-            store_packed(code, which, pixel, ok, K, 4)
+            store_packed(code, which, pixel, ok, K, TH * TW // 4, BK, 4)
 
 
 @triton.jit
@@ -152,16 +150,15 @@ def restrain(
     before,  # T [n, h, w, K]: the gradient of the tap before the ReLU, or None
     out,  # T [n, h, w, K]: the gradient before the ReLU
     height, width,
-    K: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
+    K: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    BK: tl.constexpr = v.shape[1]
     image, row, column, ok = tile_at(height, width, TH, TW)
     pixel = pixels(image, row, column, height, width)
     at, exists = elements(pixel, ok, channels(BK), K, BK)
     if after is not None:
         v += tl.load(after + at, mask=exists, other=0.0).to(tl.float32)
     if mask is not None:  # selects: a tap's gradient may be NaN
-        v = tl.where(load_packed(mask, pixel, ok, K, BK, 8) != 0, v, 0.0)
+        v = tl.where(load_packed(mask, pixel, ok, K, TH * TW, BK, 8) != 0, v, 0.0)
     if before is not None:
         v += tl.load(before + at, mask=exists, other=0.0).to(tl.float32)
     tl.store(out + at, v, mask=exists)

@@ -72,7 +72,7 @@ def conv_kernel(
     TH: tl.constexpr, TW: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     v = products(x, weight, height, width, C, K, TH, TW, BK, BC, PRECISION)
-    finish(v, bias, before, y, mask, pooled, code, height, width, K, RELU, x.dtype.element_ty, TH, TW)
+    finish(v, bias, before, y, mask, pooled, code, height, width, K, RELU, x.dtype.element_ty, TH, TW, BK)
 
 
 @triton.jit(do_not_specialize=FIXED)
@@ -85,7 +85,7 @@ def conv_bwd_kernel(
     TH: tl.constexpr, TW: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     v = products(g, rotated, height, width, K, C, TH, TW, BK, BC, PRECISION)
-    restrain(v, after, mask, before, out, height, width, C, TH, TW)
+    restrain(v, after, mask, before, out, height, width, C, TH, TW, BK)
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def conv_first_kernel(
     b_ok = (j < 27)[:, None] & (k < K)[None, :]
     b = tl.load(weight + k[None, :] * 27 + j[:, None], mask=b_ok, other=0.0)
     v = tl.dot(p.to(weight.dtype.element_ty), b, input_precision=PRECISION)
-    finish(v, bias, before, y, mask, pooled, code, height, width, K, RELU, weight.dtype.element_ty, TH, TW)
+    finish(v, bias, before, y, mask, pooled, code, height, width, K, RELU, weight.dtype.element_ty, TH, TW, BK)
 
 
 @triton.jit(do_not_specialize=FIXED)

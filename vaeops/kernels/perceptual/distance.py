@@ -14,7 +14,7 @@ from ...ref.perceptual import DISTANCES, LPIPS_EPS, _count, compute_dtype
 from .. import _layout as layout
 from ..vq._rows import TRITON, divide, root
 
-FIXED = ("pixels", "tiles", "scale", "weight")
+FIXED = ("pixels", "tiles", "count", "weight")
 LPIPS, GRAM = DISTANCES.index("lpips"), DISTANCES.index("gram")
 
 
@@ -51,11 +51,11 @@ def store_map(pointer, value, offset, c, at, ok, ADD: tl.constexpr, A: tl.conste
 def distance_kernel(
     a, a_at, b, b_at,  # [n, C, h, w]
     lin,  # fp32 [C]; lpips alone, else None
-    out,  # A [n, h * w]: each pixel's distance times `scale`; or None
-    partial,  # A [n, tiles]: a tile's, unscaled; or None
+    out,  # A [n, h * w]: each pixel's distance; or None
+    partial,  # A [n, tiles]: a tile's, times `count`; or None
     grad,  # A [n, h * w] or [n]: of the distance; None: `weight`
     ga, ga_at, gb, gb_at,  # gradients; None: not wanted
-    pixels: tl.int64, tiles, scale, weight,
+    pixels: tl.int64, tiles, count: tl.int64, weight,
     CHANNELS: tl.constexpr, KIND: tl.constexpr, PER_PIXEL: tl.constexpr, ADD: tl.constexpr,
     A: tl.constexpr, P: tl.constexpr, BC: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,8 @@ def distance_kernel(
     if grad is not None:
         place = image * pixels + pixel if PER_PIXEL else image + pixel * 0
         w = tl.load(grad + place, mask=there, other=0.0)
-    w = w * scale
+    divisor = tl.full([P], 1.0, A) * count
+    w = divide(w, divisor)
 
     if KIND == 3:
         a_square, b_square = tl.zeros([P], A), tl.zeros([P], A)
@@ -115,7 +116,7 @@ def distance_kernel(
                 store_map(gb, -g, gb_offset, c, gb_at, ok, ADD, A)
         total += tl.sum(term, axis=1)
     if out is not None:
-        tl.store(out + image * pixels + pixel, total * scale, mask=there)
+        tl.store(out + image * pixels + pixel, divide(total, divisor), mask=there)
     if partial is not None:
         tl.store(partial + image * tiles + tile, tl.sum(total, axis=0))
 
@@ -144,15 +145,15 @@ def distance_kernel(
 @triton.jit(do_not_specialize=FIXED)
 def total_kernel(
     partial,  # A [n, tiles]
-    out,  # A [n]: the sums times `scale`
-    tiles, scale,
+    out,  # A [n]: the sums over `count`
+    tiles, count: tl.int64,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     sums = tl.zeros([512], tl.float64)
     for first in range(0, tiles, 512):
         tile = first + tl.arange(0, 512)
         sums += tl.load(partial + image * tiles + tile, mask=tile < tiles, other=0.0).to(tl.float64)
-    tl.store(out + image, tl.sum(sums, axis=0) * scale)
+    tl.store(out + image, tl.sum(sums, axis=0) / count.to(tl.float64))
 
 
 def map_at(t: Tensor | None) -> tuple[int, ...] | None:
@@ -175,18 +176,18 @@ def run_distance(a: Tensor, b: Tensor, lin: Tensor | None, kind: int, mean: bool
     (`add`: onto what is there)."""
     n, C, height, width = a.shape
     spatial = pixels_out is not None or (grad is not None and grad.dim() == 3)
-    scale = 1.0 / _count(a, kind, mean, spatial)
+    count = _count(a, kind, mean, spatial)
     dtype = compute_dtype(a, b)
     P, BC, warps = settings(C, dtype)
     tiles = -(-height * width // P)
     partial = None if out is None else a.new_empty((n, tiles), dtype=dtype)
     distance_kernel[(n * tiles,)](
         a, map_at(a), b, map_at(b), lin, pixels_out, partial, None if grad is None else grad.contiguous(),
-        ga, map_at(ga), gb, map_at(gb), height * width, tiles, scale, weight,
+        ga, map_at(ga), gb, map_at(gb), height * width, tiles, count, weight,
         C, kind, grad is not None and grad.dim() == 3, add, TRITON[dtype], P, BC, LPIPS_EPS, num_warps=warps,
     )  # fmt: skip
     if out is not None:
-        total_kernel[(n,)](partial, out, tiles, scale, num_warps=4)
+        total_kernel[(n,)](partial, out, tiles, count, num_warps=4)
 
 
 def _grams(a: Tensor) -> tuple[Tensor, Tensor]:

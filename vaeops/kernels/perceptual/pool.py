@@ -22,7 +22,7 @@ def finish_kernel(
     image, row, column, ok = tile_at(height, width, TH, TW)
     at, exists = elements(pixels(image, row, column, height, width), ok, channels(BK), K, BK)
     v = tl.load(x + at, mask=exists, other=0.0).to(tl.float32)
-    finish(v, bias, before, y, mask, pooled, code, height, width, K, RELU, x.dtype.element_ty, TH, TW)
+    finish(v, bias, before, y, mask, pooled, code, height, width, K, RELU, x.dtype.element_ty, TH, TW, BK)
 
 
 @triton.jit(do_not_specialize=FIXED)
@@ -40,13 +40,13 @@ def restrain_kernel(
         pixel = pixels(image, row // 2, column // 2, height // 2, width // 2)
         at, exists = elements(pixel, ok, channels(BK), K, BK)
         place = (row % 2 * 2 + column % 2)[:, None]
-        here = load_packed(code, pixel, ok, K, BK, 4) == place
+        here = load_packed(code, pixel, ok, K, TH * TW, BK, 4) == place
         v = tl.where(here, tl.load(g + at, mask=exists, other=0.0).to(tl.float32), 0.0)
     elif g is not None:
         pixel = pixels(image, row, column, height, width)
         at, exists = elements(pixel, ok, channels(BK), K, BK)
         v = tl.load(g + at, mask=exists, other=0.0).to(tl.float32)
-    restrain(v, after, mask, before, out, height, width, K, TH, TW)
+    restrain(v, after, mask, before, out, height, width, K, TH, TW, BK)
 
 
 def grid(n: int, height: int, width: int, channels: int, TH: int, TW: int, BK: int) -> tuple[int, int]:
