@@ -16,11 +16,9 @@ from .pool import grid
 
 def settings(C: int, K: int, dtype: torch.dtype) -> tuple[int, int, int, int, int, int]:
     """(rows, columns, channels out, channels in of a step, warps, stages) of a program. Not tuned on a GPU yet."""
-    out = max(16, triton.next_power_of_2(K))
-    step = max(16, triton.next_power_of_2(C))
-    if dtype is torch.bfloat16:
-        return 8, 16, min(128, out), min(64, step), 8, 3
-    return 8, 16, min(64, out), min(32, step), 8, 3
+    out, step = (max(16, triton.next_power_of_2(n)) for n in (K, C))
+    half = dtype is torch.bfloat16
+    return 8, 16, min(64, out), min(64 if half else 32, step), 4 if half else 8, 3
 
 
 def precision(dtype: torch.dtype) -> str:
