@@ -20,8 +20,7 @@ def settings(C: int, K: int, dtype: torch.dtype) -> tuple[int, int, int, int, in
     Not tuned on a GPU yet.
     """
     out, step = (max(16, triton.next_power_of_2(n)) for n in (K, C))
-    half = dtype is torch.bfloat16
-    return 8, 16, min(64, out), min(64 if half else 32, step), 4 if half else 8, 3
+    return 8, 16, min(64, out), min(64 if dtype is torch.bfloat16 else 32, step), 8, 3
 
 
 def precision(dtype: torch.dtype) -> str:
