@@ -163,12 +163,12 @@ struct FeatureDistance {
   int64_t a_stride[4], b_stride[4];
   int64_t batch, channels, height, width;
   Distance kind;
-  const float* lin;  // [C]; lpips alone
+  const void* lin;  // C (fp64 for fp64 maps, else fp32), [C]; lpips alone
   bool mean, spatial;
 };
 
 struct FeatureDistanceForward : FeatureDistance {
-  void* out;  // C (fp64 for fp64, else fp32): [B], or [B, h, w] where spatial
+  void* out;  // C: [B], or [B, h, w] where spatial
 };
 
 struct FeatureDistanceBackward : FeatureDistance {
@@ -179,6 +179,7 @@ struct FeatureDistanceBackward : FeatureDistance {
 
 // One 3x3 convolution of [B, h, w, C] to [B, h, w, K], or its input gradient; no ReLU. packed: vgg_pack of this layer.
 struct VggConv {
+  VggAlgorithm algorithm;
   const float* x;
   const float* packed;
   int64_t batch, height, width, in, out;  // of the convolution itself, not of its transpose
@@ -295,6 +296,9 @@ void vq_segment_sum(const VqSegmentSum& call, ParallelFor parallel);
 int64_t vgg_packed_floats(const VggTrunk& trunk, int64_t in_channels);
 void vgg_pack(const VggTrunk& trunk, int64_t in_channels, const float* const* weights, float* packed,
               ParallelFor parallel);
+// Why `trunk.packed`, which has so many floats, is not what vgg_pack makes of this trunk, or of one that goes on, on
+// this machine; null: it is.
+const char* vgg_packed_mismatch(const VggTrunk& trunk, int64_t in_channels, int64_t floats);
 int64_t vgg_saved_bytes(const VggTrunk& trunk, int64_t batch, int64_t height, int64_t width);
 void vgg_features(const VggFeatures& call, ParallelFor parallel);
 void vgg_features_backward(const VggFeaturesBackward& call, ParallelFor parallel);

@@ -1,5 +1,5 @@
-// What a convolution of a trunk offers to the program in vgg.cpp. Maps are NHWC fp32 (bf16 for VggAlgorithm::bf16 on
-// AMX), channels a multiple of 16. n images of h x w.
+// What a convolution of a trunk offers to the program in vgg.cpp. Maps are NHWC, channels a multiple of 16; their
+// elements are fp32, and bf16 where the algorithm is bf16. n images of h x w.
 #pragma once
 #include "vaeops.h"
 
@@ -20,8 +20,7 @@ struct ConvForward {
   uint16_t* code;  // [n, h / 2, w / 2, K / 16, 2]; null: not kept
 };
 
-// gx = dgrad(g), or where a pool's gradient comes in: dgrad of g spread by the pool's code. Then what the layer below
-// adds: tap_after, its mask, tap_before.
+// gx = dgrad(g). Then what the layer below adds: tap_after, its mask, tap_before.
 struct ConvBackward {
   const void* g;        // [n, h, w, K], masked
   const float* packed;  // this layer's backward part
@@ -31,5 +30,35 @@ struct ConvBackward {
   const void* tap_before;  // [n, h, w, C] gradient at the input before that ReLU, added after the mask
   void* gx;                // [n, h, w, C]
 };
+
+// What serves `wanted` with the instruction set in use: bf16 needs tiles (AMX), else Winograd serves it, on fp32 maps.
+// Every function below takes what this returned; `packed` is bound to it.
+VggAlgorithm conv_algorithm(VggAlgorithm wanted);
+
+// One layer's weights and bias (OIHW) in the order its kernels read, one direction at a time. The backward part holds
+// no bias. in = 3: a first layer, for conv_first. `packed` is 64-byte aligned; sizes are multiples of 16 floats.
+int64_t conv_packed_floats(VggAlgorithm algorithm, int64_t in, int64_t out, bool backward);
+void conv_pack(VggAlgorithm algorithm, const float* weight /* [K, C, 3, 3] */, const float* bias /* [K]; null: 0 */,
+               int64_t in, int64_t out, bool backward, float* packed);
+
+// Working memory, 64-byte aligned: `slots` pieces of conv_scratch_bytes each (both directions, maps of width w; in = 3
+// for a first layer). The work is cut into at most `slots` tasks, which `inner` runs in any order and at any time; the
+// result is the same for every number of slots, and of every pixel for every n.
+struct ConvScratch {
+  void* data;
+  int64_t slots;
+};
+int64_t conv_scratch_bytes(VggAlgorithm algorithm, int64_t in, int64_t out, int64_t w);
+
+void conv_forward(VggAlgorithm algorithm, const ConvForward& call, ConvScratch scratch, ParallelFor inner);
+void conv_backward(VggAlgorithm algorithm, const ConvBackward& call, ConvScratch scratch, ParallelFor inner);
+
+// The first layer: reads images [first_image, first_image + n) of `image`, of h x w; call.x is not read, call.in is 3.
+void conv_first(VggAlgorithm algorithm, const VggImage& image, int64_t first_image, const ConvForward& call,
+                ConvScratch scratch, ParallelFor inner);
+// gx [n, 3, h, w] contiguous, of gx_dtype: rstd[c] times the gradient of the normalised image. Reads g, packed and the
+// sizes of the call (in = 3), nothing else.
+void conv_first_backward(VggAlgorithm algorithm, const ConvBackward& call, const float* rstd /* [3] */, void* gx,
+                         Dtype gx_dtype, ConvScratch scratch, ParallelFor inner);
 
 }  // namespace vaeops::cpu

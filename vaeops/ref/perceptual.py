@@ -58,6 +58,11 @@ def tap_codes(arch: str) -> dict[str | int, int | None]:
     return codes
 
 
+def tap_names(arch: str, codes: Sequence[int]) -> list[str]:
+    names = {code: name for name, code in tap_codes(arch).items() if isinstance(name, str)}
+    return [names[code] for code in codes]
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """fp64 where a tensor is, else fp32: the dtype of maps, losses and their gradients."""
     return torch.float64 if any(t.dtype is torch.float64 for t in tensors) else torch.float32
@@ -98,7 +103,7 @@ def _rounded(x: Tensor, algorithm: int) -> Tensor:
     return x.bfloat16().to(x.dtype) if algorithm == 2 and x.dtype is torch.float32 else x
 
 
-def _normalized(x: Tensor, pixels: Sequence[float], dtype: torch.dtype) -> Tensor:
+def normalized(x: Tensor, pixels: Sequence[float], dtype: torch.dtype) -> Tensor:
     mean, rstd = (
         torch.tensor(p, dtype=dtype, device=x.device).view(3, 1, 1) for p in (pixels[:3], pixels[3:])
     )
@@ -109,7 +114,7 @@ def _run(x: Tensor, weights: Sequence[Tensor], layers: Sequence[int], pixels: Se
          algorithm: int) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
     """(before the ReLU, output) of each layer; a pool has its input in the first place."""
     dtype = compute_dtype(x, *weights)
-    v, run, at = _normalized(x, pixels, dtype), [], 0
+    v, run, at = normalized(x, pixels, dtype), [], 0
     with _without_autocast(x):
         for channels in layers:
             if channels:
@@ -162,7 +167,7 @@ def _run_back(grads: Sequence[Tensor | None], run: list[tuple[Tensor, Tensor]], 
 
 
 def _units(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(x / (|x| + eps), |x|, where |x| is 0), over channels. A zero pixel's unit vector and gradient are 0."""
+    """(x / (|x| + eps), |x|, where |x| is 0), over channels. A zero pixel's unit and gradient are 0."""
     square = x.square().sum(1, keepdim=True)
     zero = square == 0
     norm = torch.where(zero, 1, square).sqrt()
