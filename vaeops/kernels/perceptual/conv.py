@@ -10,22 +10,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import FIXED, channels, elements, finish, pixels, restrain, tile_at
+from ._tile import FIXED, channels, finish, pixels, restrain, tile_at
 from .pool import grid
 
 
 def settings(C: int, K: int, dtype: torch.dtype) -> tuple[int, int, int, int, int, int]:
-    """(rows, columns, channels out, channels in of a step, warps, stages) of a program. Not tuned on a GPU yet."""
+    """(rows, columns, channels out, channels in of a step, warps, stages) of a program.
+
+    Not tuned on a GPU yet.
+    """
     out, step = (max(16, triton.next_power_of_2(n)) for n in (K, C))
-    half = dtype is torch.bfloat16
-    return 8, 16, min(64, out), min(64 if half else 32, step), 4 if half else 8, 3
+    return 8, 16, min(64, out), min(64 if dtype is torch.bfloat16 else 32, step), 8, 3
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of fp32 products. TF32 where PyTorch allows cuDNN's convolutions to use it, else three of them to a product."""
-    if dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":
-        return "tf32"
-    return "tf32x3"
+    """Of fp32 products: TF32 where PyTorch allows it to cuDNN's convolutions, else three of them to one."""
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "tf32" if allowed and dtype is torch.float32 else "tf32x3"
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def conv_bwd_kernel(
 @triton.jit
 def of_channel(c, values):
     """values[c], of three."""
-    return tl.where(c == 0, values[0], tl.where(c == 1, values[1], values[2]))
+    return tl.where(c == 0, values[0], tl.where(c == 1, values[1], values[2])).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=FIXED)
@@ -117,7 +118,9 @@ def conv_first_kernel(
     b_ok = (j < 27)[:, None] & (k < K)[None, :]
     b = tl.load(weight + k[None, :] * 27 + j[:, None], mask=b_ok, other=0.0)
     v = tl.dot(p.to(weight.dtype.element_ty), b, input_precision=PRECISION)
-    finish(v, bias, before, y, mask, pooled, code, height, width, K, RELU, weight.dtype.element_ty, TH, TW, BK)
+    finish(
+        v, bias, before, y, mask, pooled, code, height, width, K, RELU, weight.dtype.element_ty, TH, TW, BK
+    )
 
 
 @triton.jit(do_not_specialize=FIXED)
@@ -140,7 +143,7 @@ def conv_first_bwd_kernel(
 
 def run_conv(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool,
              outputs: tuple[Tensor | None, ...]) -> None:  # fmt: skip
-    """x [n, C, h, w] channels_last; weight [K, 3, 3, C]; outputs (before, y, mask, pooled, code) of finish."""
+    """x [n, C, h, w] channels_last; weight [K, 3, 3, C]; outputs (before, y, mask, pooled, code)."""
     n, C, height, width = x.shape
     K = weight.shape[0]
     TH, TW, BK, BC, warps, stages = settings(C, K, x.dtype)
