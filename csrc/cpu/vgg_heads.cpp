@@ -225,8 +225,8 @@ void distance_typed(const Plan& plan, ParallelFor parallel) {
   }
 }
 
-constexpr int64_t kGramPixels = 128;  // summed in fp32 before they are added to the matrix in fp64
-constexpr int64_t kGramRows = 32;     // of the matrix, a task
+constexpr int64_t kGramPixels = 64;  // summed in fp32 before they are added to the matrix in fp64
+constexpr int64_t kGramRows = 32;    // of the matrix, a task
 
 // The two Gram matrices' difference, then its product with the maps.
 template <class S>

@@ -91,7 +91,7 @@ TrunkPlan::TrunkPlan(const VggTrunk& trunk, int64_t in_channels, int64_t batch, 
     l.out_width = width = l.pool ? width / 2 : width;
     l.saved_begin = saved_bytes;
     l.saved = l.map() / (l.pool ? 4 : 8);
-    saved_bytes += ceil_div(batch * l.saved, 64) * 64;
+    saved_bytes += batch * l.saved;
     most_map = std::max(most_map, l.map());
     if (!l.pool) conv_scratch = std::max(conv_scratch, conv_scratch_bytes(algorithm, l.in, l.out, l.width));
     in = l.out;

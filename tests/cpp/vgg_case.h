@@ -178,7 +178,7 @@ struct Trunk {
       }
       shape.push_back({h, w, channels, {}});
       bits.push_back(saved + at);
-      at += (n * h * w * channels / (out == 0 ? 4 : 8) + 63) / 64 * 64;
+      at += n * h * w * channels / (out == 0 ? 4 : 8);
     }
     const auto word = [&](size_t layer, int64_t i) {
       uint16_t value;
