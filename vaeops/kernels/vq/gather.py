@@ -196,7 +196,8 @@ def vq_gather(indices, codebook, x, fill, reduction):
         gather_kernel[(programs,)](
             indices.contiguous(), codebook.contiguous(), x, rows_at(x), quantized, rows_at(quantized), loss,
             partial, layout.tickets(codebook, 1) if summed else None,
-            rows, codes, dims, per_program, programs, fill, reduction, TRITON[compute], R, BD, num_warps=warps, enable_fp_fusion=False,
+            rows, codes, dims, per_program, programs, fill, reduction, TRITON[compute], R, BD,
+            num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return quantized, loss
 
