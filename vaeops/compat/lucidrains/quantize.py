@@ -322,6 +322,7 @@ class VectorQuantize(nn.Module):
         if transform is None:
             return list(tables)
         each = transform(torch.stack(tables))
+        each = F.normalize(each, dim=-1) if self.use_cosine_sim else each
         if self.heads > 1 and not self.separate:  # [1, B * heads, N, K, D]
             each = each.unflatten(1, (-1, self.heads)).movedim(2, -3)
         return [c.reshape(*p.shape[:-1], *c.shape[-2:]) for p, c in zip(parts, each)]

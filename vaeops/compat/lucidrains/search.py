@@ -1,6 +1,6 @@
 """What needs the logits of all codes: random codes, soft codes, and losses over them.
 
-    l_nk = -|x_n - e_k|, or with use_cosine_sim x_n.e_k / |e_k| (x_n has norm 1)
+    l_nk = -|x_n - e_k|, or with use_cosine_sim x_n.e_k, both of norm 1
 Rows are taken in chunks, and again in backward, so no rows x codes array exists as a whole.
 """
 
@@ -20,7 +20,6 @@ def logits(x: Tensor, codes: Tensor, cosine: bool) -> Tensor:
     x, codes = x.to(dtype), codes.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         if cosine:
-            codes = F.normalize(codes, dim=-1)
             return x @ codes.mT if codes.dim() == 2 else (codes @ x.unsqueeze(-1)).squeeze(-1)
         if codes.dim() > 2:
             return -F.pairwise_distance(x.unsqueeze(-2), codes)
