@@ -1,5 +1,7 @@
 """lucidrains' ResidualVQ: the peer's values in fp64, its state_dict, and where it is wrong."""
 
+import copy
+
 import pytest
 import torch
 from compat_case import CE, DIVERSE, LEARNED, RANDOM, SGD, assert_same_training, peer as peer, twins
@@ -61,6 +63,7 @@ def test_residual_takes_images():
 
 BASE = {"num_quantizers": 3, "codebook_size": 8}
 QINCO = {**BASE, "implicit_neural_codebook": True, "mlp_kwargs": {"depth": 2, "dim_hidden": 5}}
+STILL = {"ema_update": False}  # with beams the peer's averages do not see the levels after the first
 MORE = [
     {**BASE, **CE},
     {**BASE, **DIVERSE},
@@ -68,13 +71,11 @@ MORE = [
     {**BASE, "affine_param": True},
     {**BASE, **LEARNED, "in_place_codebook_optimizer": SGD},
     {**BASE, "diveq": True, "rotation_trick": False},
-    {**BASE, "beam_size": 3},
-    {**BASE, "beam_size": 2, "eval_beam_size": 3, "beam_score_quantizer_weights": [1.0, 0.5, 0.2]},
-    {**BASE, "beam_size": 2, "shared_codebook": True},
-    {**BASE, "beam_size": 2, "codebook_dim": 3, "commitment_weight": 0.5, "quant_grad_frac": 0.3},
-    {"codebook_size": (8, 4), "beam_size": 4},
+    {**BASE, "beam_size": 3, **STILL},
+    {**BASE, "beam_size": 2, "eval_beam_size": 3, "beam_score_quantizer_weights": [1.0, 0.5, 0.2], **STILL},
+    {**BASE, "beam_size": 2, "codebook_dim": 3, "commitment_weight": 0.5, "quant_grad_frac": 0.3, **STILL},
+    {"codebook_size": (8, 4), "beam_size": 4, **STILL},
     {**BASE, **LEARNED, "beam_size": 2, "rotation_trick": False},
-    {**BASE, "beam_size": 2, **RANDOM},
     QINCO,
     {**QINCO, "mlp_kwargs": {}, "quant_grad_frac": 0.5, "rotation_trick": False},
     {**QINCO, **CE},
@@ -92,7 +93,7 @@ def test_residual_options_train_as_the_peer(peer, options):
     ours, theirs = residual_pair(peer, **options)
     assert_same_training(ours, theirs, steps=20)
     theirs.load_state_dict(ours.state_dict())
-    if "affine_param" in options:
+    if "affine_param" in options or "diveq" in options:  # the peer's are wrong in eval
         return
     x = torch.randn(2, 6, 4, dtype=torch.float64)
     for a, b in zip(ours.eval()(x, return_all_codes=True), theirs.eval()(x, return_all_codes=True)):
@@ -128,12 +129,12 @@ def test_beam_of_the_call_and_masks(peer):
         lambda m, x: m(x, beam_size=3, mask=mask),
         lambda m, x: m(x, beam_size=1, mask=mask, sample_codebook_temp=0.3),
     ):
-        ours, theirs = residual_pair(peer, **BASE, beam_size=2)
+        ours, theirs = residual_pair(peer, **BASE, **STILL, beam_size=2)
         assert_same_training(ours, theirs, steps=5, call=call)
 
 
 def test_dropout_with_beams_and_implicit_codebooks(peer):
-    for options in ({**BASE, "beam_size": 2}, QINCO):
+    for options in ({**BASE, **STILL, "beam_size": 2}, QINCO):
         ours, theirs = residual_pair(peer, **options, quantize_dropout=True)
         for seed in range(3):
             call = lambda m, x, s=seed: m(x, rand_quantize_dropout_fixed_seed=s, return_all_codes=True)[:3]  # noqa: E731
@@ -142,6 +143,17 @@ def test_dropout_with_beams_and_implicit_codebooks(peer):
         indices[..., 1] = indices[..., 1].masked_fill(indices[..., 0] < 0, -1)
         a, b = (m.get_codes_from_indices(indices) for m in (ours, theirs))
         torch.testing.assert_close(a, b)
+
+
+def test_beams_of_random_codes():
+    """The peer's beams come in another order, so its noise falls on others."""
+    layer = lucidrains.ResidualVQ(dim=4, **BASE, beam_size=3, **RANDOM, **STILL)
+    x = torch.randn(2, 50, 4)
+    (a, i, _), (b, j, _) = layer(x), layer(x)
+    assert not torch.equal(i, j)
+    for quantized, indices in ((a, i), (b, j)):
+        torch.testing.assert_close(quantized, layer.get_output_from_indices(indices))
+    assert torch.equal(layer.eval()(x)[1], layer(x)[1])
 
 
 def test_a_wider_beam_is_no_worse():
@@ -176,7 +188,7 @@ def test_residual_refuses_what_the_peer_refuses(peer, options, match):
 
 
 def test_residual_cross_entropy_against_given_indices(peer):
-    """The peer raises, and did not subtract anything before. Its quantizers, one after the other, say what is due."""
+    """The peer raises. Its quantizers, one after the other, say what is due."""
     ours, theirs = residual_pair(peer, **BASE)
     x, given = torch.randn(2, 20, 4, dtype=torch.float64), torch.randint(8, (2, 20, 3))
     with pytest.raises(ValueError, match="unpack"):
@@ -238,6 +250,40 @@ def test_beams_where_the_peers_fail(peer):
     quantized, indices, _ = ours(image)
     assert quantized.shape == image.shape and indices.shape == (2, 3, 5, 3)
     torch.testing.assert_close(quantized.movedim(1, -1), ours.get_output_from_indices(indices))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_level_learns_from_the_best_beam(peer, masked):
+    """The peer's averages see the first level alone; here it is told the others."""
+    ours, theirs = residual_pair(peer, **BASE, beam_size=3)
+    for _ in range(5):
+        x, mask = torch.randn(2, 20, 4, dtype=torch.float64), torch.rand(2, 20) < 0.6 if masked else None
+        before = copy.deepcopy(theirs)
+        a, b = ours(x, mask=mask), theirs(x, mask=mask)
+        assert torch.equal(a[1], b[1])
+        assert torch.equal(before.layers[1].codebook, theirs.layers[1].codebook)
+        codes = before.get_codes_from_indices(b[1])
+        for i in (1, 2):
+            theirs.layers[i].update_indices(x - codes[:i].sum(0), b[1][..., i], mask=mask)
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+def test_a_beam_and_a_shared_codebook():
+    """Codes in any order have one sum, so the orders may differ; the averages count every level's code."""
+    layer = lucidrains.ResidualVQ(dim=4, **BASE, beam_size=2, shared_codebook=True, decay=0.5)
+    indices, size = layer(torch.randn(2, 20, 4))[1], torch.ones(8)
+    for i in range(3):
+        size = (size + indices[..., i].flatten().bincount(minlength=8)) / 2
+    torch.testing.assert_close(layer.layers[0]._codebook.cluster_size[0], size)
+
+
+def test_diveq_in_eval_gives_the_codes(peer):
+    """The peer adds its noise in eval too."""
+    ours, theirs = residual_pair(peer, **BASE, diveq=True, rotation_trick=False)
+    x = torch.randn(2, 20, 4, dtype=torch.float64)
+    quantized, indices, _ = ours.eval()(x)
+    torch.testing.assert_close(quantized, ours.get_output_from_indices(indices))
+    assert not torch.equal(theirs.eval()(x)[0], theirs(x)[0])
 
 
 def test_a_beam_in_eval_alone(peer):

@@ -148,7 +148,7 @@ class ResidualVQ(nn.Module):
         if self.training and not freeze_codebook and not recomputing():
             self._learn(chain, mask if beam > 1 else None, observe=beam > 1)
 
-        total = directional(h, chain.total, 5e-3) if self.diveq else chain.total
+        total = directional(h, chain.total, 5e-3) if self.diveq and self.training else chain.total
         y = self.project_out(total)
         if mask is not None:
             rest = torch.zeros_like(y) if self.return_zeros_for_masked_padding else rows
