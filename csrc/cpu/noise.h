@@ -93,6 +93,7 @@ VAEOPS_INLINE I set1_64(uint64_t x) { return _mm512_set1_epi64(static_cast<long 
 VAEOPS_INLINE I add_64(I a, I b) { return _mm512_add_epi64(a, b); }
 VAEOPS_INLINE I low_words(I even, I odd) { return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA); }
 VAEOPS_INLINE I high_words(I even, I odd) { return _mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB); }
+// The block, times m, that each 64-bit lane holds: one unpack of two vectors of normals then puts them in order.
 VAEOPS_INLINE I lane_blocks(uint64_t m) { return _mm512_setr_epi64(0, 4 * m, m, 5 * m, 2 * m, 6 * m, 3 * m, 7 * m); }
 VAEOPS_INLINE F low_pairs(F a, F b) { return _mm512_unpacklo_ps(a, b); }
 VAEOPS_INLINE F high_pairs(F a, F b) { return _mm512_unpackhi_ps(a, b); }
@@ -111,14 +112,15 @@ VAEOPS_INLINE F low_pairs(F a, F b) { return _mm256_unpacklo_ps(a, b); }
 VAEOPS_INLINE F high_pairs(F a, F b) { return _mm256_unpackhi_ps(a, b); }
 #endif
 
-// Philox blocks, one to a 64-bit lane, kN vectors of them, in steps `begin` and `round` 1 to 9. A multiply reads the low
-// half of a lane only, so what the high halves hold is of no concern; the low halves are the words c0 to c3.
+constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u;
+
+// Philox blocks, one to a 64-bit lane, kN vectors of them, in steps `begin` and `round` 1 to 9. A multiply reads the
+// low half of a lane only, so what the high halves hold is of no concern; the low halves are the words c0 to c3.
 //
 // As long as the counter's high word is `high`, the first two rounds shrink: the first product grows by the same amount
 // from block to block, the second round's is one number for all.
 template <int kN>
 struct PhiloxBlocks {
-  static constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u;
   static constexpr int kLaneBlocks = kWidth / 2, kBlocks = kN * kLaneBlocks;
 
   // Scalars, which the rounds read with a broadcasting load: making vectors of them would cost small tiles dear.
@@ -163,42 +165,32 @@ struct PhiloxBlocks {
       return;
     }
     VAEOPS_EACH c0[v] = xor3(high_shifted(p1[v]), c1[v], set1_64(k0[r]));
-    VAEOPS_EACH c2[v] = r == 2 ? xor2(high_shuffled(p0[v]), set1_64(k1[2]))
-                               : xor3(high_shuffled(p0[v]), c3[v], set1_64(k1[r]));
+    VAEOPS_EACH c2[v] =
+        r == 2 ? xor2(high_shuffled(p0[v]), set1_64(k1[2])) : xor3(high_shuffled(p0[v]), c3[v], set1_64(k1[r]));
     VAEOPS_EACH c1[v] = p1[v];
     VAEOPS_EACH c3[v] = p0[v];
   }
 };
 
-// The same words of the blocks from `counter` on, whatever the counter; in loops that a compiler can vectorize.
+// The same words for any counter.
 template <int kN>
-static __attribute__((noinline)) void any_words(uint64_t key, uint64_t counter, uint32_t* a, uint32_t* b) {
-  constexpr int kLaneBlocks = kWidth / 2, kBlocks = kN * kLaneBlocks;
-  uint32_t c0[kBlocks], c1[kBlocks], c2[kBlocks] = {}, c3[kBlocks] = {};
+static __attribute__((noinline)) void any_words(uint64_t key, uint64_t counter, I* a, I* b) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  for (int i = 0; i < kBlocks; ++i) {
-    const int lane = i % kLaneBlocks;
-    const uint64_t c = counter + i - lane + lane / 2 + lane % 2 * (kLaneBlocks / 2);  // as in lane_blocks
-    c0[i] = static_cast<uint32_t>(c);
-    c1[i] = static_cast<uint32_t>(c >> 32);
-  }
-  for (int r = 0; r < 10; ++r) {
-    for (int i = 0; i < kBlocks; ++i) {
-      const uint64_t p0 = uint64_t{0xD2511F53u} * c0[i], p1 = uint64_t{0xCD9E8D57u} * c2[i];
-      c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
-      c1[i] = static_cast<uint32_t>(p1);
-      c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
-      c3[i] = static_cast<uint32_t>(p0);
+  I c0[kN], c1[kN], c2[kN], c3[kN];
+  VAEOPS_EACH c0[v] = add_64(set1_64(counter + v * (kWidth / 2)), lane_blocks(1));
+  VAEOPS_EACH c1[v] = high_shifted(c0[v]);
+  VAEOPS_EACH c2[v] = c3[v] = set1_64(0);
+  for (int r = 0; r < 10; ++r, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    VAEOPS_EACH {
+      const I p0 = mul_low(c0[v], kM0), p1 = mul_low(c2[v], kM1);
+      c0[v] = xor3(high_shifted(p1), c1[v], set1_64(k0));
+      c1[v] = p1;
+      c2[v] = xor3(high_shuffled(p0), c3[v], set1_64(k1));
+      c3[v] = p0;
     }
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
-  for (int i = 0; i < kBlocks; ++i) {
-    a[2 * i] = c0[i];
-    a[2 * i + 1] = c2[i];
-    b[2 * i] = c1[i];
-    b[2 * i + 1] = c3[i];
-  }
+  VAEOPS_EACH a[v] = low_words(c0[v], c2[v]);
+  VAEOPS_EACH b[v] = low_words(c1[v], c3[v]);
 }
 
 // Normals of Philox blocks counter, counter + 1, ..., 64 at a time and in element order. The words of the next ones are
@@ -243,10 +235,10 @@ struct Normals {
 
  private:
   VAEOPS_INLINE_METHOD void draw_any() {
-    alignas(64) uint32_t a[kN * kWidth], b[kN * kWidth];
+    I a[kN], b[kN];
     any_words<kN>(key, counter, a, b);
-    VAEOPS_EACH words.a[v] = bits(load(reinterpret_cast<const float*>(a) + v * kWidth));
-    VAEOPS_EACH words.b[v] = bits(load(reinterpret_cast<const float*>(b) + v * kWidth));
+    VAEOPS_EACH words.a[v] = a[v];
+    VAEOPS_EACH words.b[v] = b[v];
   }
 };
 

@@ -13,7 +13,7 @@ VAEOPS_INLINE F set1(float x) { return _mm512_set1_ps(x); }
 VAEOPS_INLINE I iset1(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
 VAEOPS_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 VAEOPS_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
-VAEOPS_INLINE F fnms(F a, F b, F c) { return _mm512_fnmsub_ps(a, b, c); }   // -a b - c
+VAEOPS_INLINE F fnms(F a, F b, F c) { return _mm512_fnmsub_ps(a, b, c); }  // -a b - c
 VAEOPS_INLINE F sqrt(F x) { return _mm512_sqrt_ps(x); }
 VAEOPS_INLINE I bits(F x) { return _mm512_castps_si512(x); }
 VAEOPS_INLINE F floats(I x) { return _mm512_castsi512_ps(x); }
