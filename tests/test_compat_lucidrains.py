@@ -1,7 +1,9 @@
 """lucidrains' VectorQuantize: the peer's values in fp64, its state_dict."""
 
+import copy
 import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from compat_case import (
     twins,
 )
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from vaeops.compat import lucidrains
 from vaeops.compat.lucidrains import search
@@ -240,6 +243,20 @@ def test_without_rows_and_in_bfloat16(options):
     quantized, _, loss = layer(x)
     (quantized.square().sum() + loss).backward()
     assert quantized.dtype is torch.bfloat16 and x.grad.isfinite().all() and loss.isfinite()
+
+
+@pytest.mark.parametrize("options", [{"affine_param": True}, {**CE, **DIVERSE, **RANDOM}], ids=str)
+def test_a_checkpointed_forward_counts_once(options):
+    layer = lucidrains.VectorQuantize(4, 8, **options)
+    again, seen = copy.deepcopy(layer), []
+    for module, call in ((layer, layer), (again, partial(checkpoint, again, use_reentrant=False))):
+        torch.manual_seed(1)
+        x = torch.randn(2, 20, 4, requires_grad=True)
+        for _ in range(2):
+            quantized, _, loss = call(x)
+            (quantized.square().sum() + loss).backward()
+        seen.append((x.grad, module.state_dict()))
+    torch.testing.assert_close(*seen)
 
 
 def test_manual_steps_of_the_codebooks_optimizer(peer):

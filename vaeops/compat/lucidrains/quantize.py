@@ -61,7 +61,8 @@ class VectorQuantize(nn.Module):
         - The rotation falls back to straight-through near x = 0, where the peer's gradient explodes.
         - k-means and revival draw other rows than the peer's generator would, with several codebooks and
           processes too; a k-means start that leaves a cluster empty keeps its code.
-        - A forward that runs again under checkpointing does not move the codebook twice.
+        - A forward that runs again under checkpointing does not move the codebook twice; one with
+          in_place_codebook_optimizer cannot be checkpointed, nor compiled without a graph break.
     """
 
     def __init__(self, dim: int, codebook_size: int, codebook_dim: int | None = None, heads: int = 1,
