@@ -1,7 +1,9 @@
 """lucidrains' VectorQuantize: the peer's values in fp64, its state_dict."""
 
+import copy
 import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from compat_case import (
     twins,
 )
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from vaeops.compat import lucidrains
 from vaeops.compat.lucidrains import search
@@ -211,6 +214,49 @@ def test_loss_terms_and_temperature_of_the_call(peer):
         return quantized, indices, torch.stack([loss, *terms[:3], terms[3].detach()])
 
     assert_same_training(ours, theirs, steps=10, call=call)
+
+
+@pytest.mark.parametrize(
+    "options", [CE, {**CE, **LEARNED}, {**LEARNED, "in_place_codebook_optimizer": SGD}, RANDOM,
+                {**SOFT, **RANDOM}, {"affine_param": True}],
+    ids=str,
+)  # fmt: skip
+def test_masks_of_all_codes_and_other_updates(peer, options):
+    mask = torch.rand(2, 20) < 0.7
+    ours, theirs = lucidrains_pair(peer, 4, 8, **options)
+    assert_same_training(ours, theirs, steps=10, call=lambda m, x: m(x, mask=mask))
+
+
+@pytest.mark.parametrize("options", [{**CE, **DIVERSE}, {**RANDOM, **SOFT}, {"affine_param": True}], ids=str)
+def test_without_rows_and_in_bfloat16(options):
+    layer = lucidrains.VectorQuantize(4, 8, **options)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    for x, mask in (
+        (torch.zeros(0, 5, 4), None),
+        (torch.randn(2, 5, 4), torch.zeros(2, 5, dtype=torch.bool)),
+    ):
+        assert layer(x, mask=mask)[2] == 0
+        assert layer(x, mask=mask, indices=torch.zeros(x.shape[:-1], dtype=torch.int64))[1] == 0
+    for name in ("embed", "embed_avg", "cluster_size"):
+        assert torch.equal(layer.state_dict()["_codebook." + name], before["_codebook." + name])
+    x = torch.randn(2, 20, 4).bfloat16().requires_grad_()
+    quantized, _, loss = layer(x)
+    (quantized.square().sum() + loss).backward()
+    assert quantized.dtype is torch.bfloat16 and x.grad.isfinite().all() and loss.isfinite()
+
+
+@pytest.mark.parametrize("options", [{"affine_param": True}, {**CE, **DIVERSE, **RANDOM}], ids=str)
+def test_a_checkpointed_forward_counts_once(options):
+    layer = lucidrains.VectorQuantize(4, 8, **options)
+    again, seen = copy.deepcopy(layer), []
+    for module, call in ((layer, layer), (again, partial(checkpoint, again, use_reentrant=False))):
+        torch.manual_seed(1)
+        x = torch.randn(2, 20, 4, requires_grad=True)
+        for _ in range(2):
+            quantized, _, loss = call(x)
+            (quantized.square().sum() + loss).backward()
+        seen.append((x.grad, module.state_dict()))
+    torch.testing.assert_close(*seen)
 
 
 def test_manual_steps_of_the_codebooks_optimizer(peer):

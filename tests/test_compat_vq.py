@@ -13,7 +13,10 @@ from vaeops.compat import audiocraft, diffusers, lucidrains, taming
 
 @pytest.mark.parametrize("make", [
     lambda: lucidrains.VectorQuantize(4, 8, kmeans_init=True, kmeans_iters=1, threshold_ema_dead_code=1),
-    pytest.param(lambda: lucidrains.ResidualVQ(dim=4, num_quantizers=2, codebook_size=8),
+    pytest.param(lambda: lucidrains.VectorQuantize(4, 8, affine_param=True, codebook_diversity_loss_weight=1,
+                                                   commitment_use_cross_entropy_loss=True),
+                 marks=pytest.mark.slow),
+    pytest.param(lambda: lucidrains.ResidualVQ(dim=4, num_quantizers=2, codebook_size=8, beam_size=2),
                  marks=pytest.mark.slow),
     lambda: taming.VectorQuantizer2(8, 4, 0.25),
     lambda: audiocraft.EuclideanCodebook(4, 8, kmeans_init=True, kmeans_iters=1),

@@ -119,6 +119,9 @@ def worker(rank, world, path):
     results["lucidrains residual"] = others(
         lucidrains.ResidualVQ(dim=DIM, num_quantizers=2, codebook_size=8), rank
     )
+    results["lucidrains dropout"] = others(
+        lucidrains.ResidualVQ(dim=DIM, num_quantizers=6, codebook_size=8, quantize_dropout=True), rank
+    )
     results["lucidrains first"] = others(
         lucidrains.VectorQuantize(DIM, 8, kmeans_init=True, sync_kmeans=False), rank
     )
@@ -244,8 +247,8 @@ def test_collectives_compile(results):
 
 @pytest.mark.parametrize(
     "name",
-    ["ddp", "absent", "lucidrains", "lucidrains residual", "lucidrains first", "lucidrains affine",
-     "lucidrains in place", "audiocraft"],
+    ["ddp", "absent", "lucidrains", "lucidrains residual", "lucidrains dropout", "lucidrains first",
+     "lucidrains affine", "lucidrains in place", "audiocraft"],
 )  # fmt: skip
 def test_other_layers_agree_on_all_processes(results, name):
     _, ranks = results

@@ -61,6 +61,7 @@ class Codebook(base.Codebook):
         """Rows where the codes are, if those are looked up elsewhere."""
         return xs
 
+    @torch.no_grad()
     def observe(self, xs: Sequence[Tensor], indices: Sequence[Tensor],
                 found: Sequence[tuple[Tensor, Tensor]] | None = None) -> None:  # fmt: skip
         own = self.own_rows(tuple(xs))

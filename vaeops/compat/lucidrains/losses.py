@@ -36,8 +36,9 @@ def diversity(xs: Sequence[Tensor], codes: Sequence[Tensor], masks: Sequence[Ten
         if shared_heads:
             x, used = x.movedim(-2, 0).flatten(0, 1), used.movedim(-1, 0).flatten(0, 1)
             c = c.movedim(-3, 0).flatten(0, 1) if per_row else c
-        x, used = x.reshape(x.shape[0], -1, x.shape[-1]), used.reshape(x.shape[0], -1)
-        c = c.reshape(*x.shape[:-1], *c.shape[-2:]) if per_row else c
+        batch, positions = x.shape[0], x.shape[1:-1].numel()
+        c = c.reshape(batch, positions, *c.shape[-2:]) if per_row else c
+        x, used = x.reshape(batch, positions, x.shape[-1]), used.reshape(batch, positions)
         values.append(search.diversity(x, c, cosine, temperature, used))
     return torch.stack(values).mean()
 

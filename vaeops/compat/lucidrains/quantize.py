@@ -31,14 +31,17 @@ class VectorQuantize(nn.Module):
     """`vector_quantize_pytorch.VectorQuantize` 1.32: its arguments, defaults, outputs and state_dict.
 
     Args:
-        As the peer's. Those for which it builds a rows x codes array (commitment_use_cross_entropy_loss,
-        codebook_diversity_*, stochastic_sample_codes, sample_codebook_temp, straight_through), affine_param*
-        and in_place_codebook_optimizer with theirs, and sync_kmeans=False, raise where they ask for
-        something; so do topk, indices, sample_codebook_temp and codebook_transform_fn of the call.
+        As the peer's; what belongs to an option that is off does nothing. Combinations that the peer refuses
+        raise ValueError. Random codes, losses over all codes and straight_through take the rows in chunks.
+        straight_through: the softmax's gradient, where route_gradients_to_input is False or the input takes
+            none; otherwise, as with the peer, the input gets the plain straight-through gradient.
+        layernorm_after_project_in: where there is a projection.
+        sync_kmeans: False: k-means over the first process's rows alone, for all.
         sync_codebook: None or True joins the processes wherever there are several; False does not.
 
     Returns:
-        (quantized, indices, loss), and a LossBreakdown with return_loss_breakdown. The loss is 0 in eval.
+        (quantized, indices, loss), and a LossBreakdown with return_loss_breakdown. The loss is 0 in eval,
+        except with topk; (quantized, cross entropy) where the call gives indices.
 
     Where it differs from the peer, on purpose:
         - Indices are exact (`vaeops.vq_assign`), on equality the lowest; quantized is the code bit for bit.
@@ -47,11 +50,19 @@ class VectorQuantize(nn.Module):
         - With a mask the commitment loss is that of the quantizer's own input, as without one: an all-True
           mask changes nothing. The peer takes the layer's raw input: wrong for cosine, an error with a
           projection or heads. A mask works for images too.
+        - Losses over all codes leave masked rows out. Their gradients are those of the codes that were looked
+          up; the peer's averages overwrite these before backward.
+        - Codebook diversity is that of each codebook; the peer adds up code k of all heads.
+        - Given indices: for any layout, and quantized is projected. The peer raises, or leaves it inside.
+        - affine_param: the moments stay in eval; decoding gives what forward gave, with vq_bridge too; a
+          state with moments loads; a revived code is at its row. With the peer none of these holds.
+        - The loss of in_place_codebook_optimizer adds no gradient to the parameters of a transform.
         - A batch without a used row has loss 0 and moves nothing.
         - The rotation falls back to straight-through near x = 0, where the peer's gradient explodes.
         - k-means and revival draw other rows than the peer's generator would, with several codebooks and
           processes too; a k-means start that leaves a cluster empty keeps its code.
-        - A forward that runs again under checkpointing does not move the codebook twice.
+        - A forward that runs again under checkpointing does not move the codebook twice; one with
+          in_place_codebook_optimizer cannot be checkpointed, nor compiled without a graph break.
     """
 
     def __init__(self, dim: int, codebook_size: int, codebook_dim: int | None = None, heads: int = 1,
@@ -260,20 +271,13 @@ class VectorQuantize(nn.Module):
     def _checked_topk(self, topk: int | None) -> int | None:
         if topk is None:
             return None
-        for wrong, text in (
-            (topk < 1, f"topk must be >= 1, got {topk}"),
-            (self.heads > 1, "topk does not go with heads"),
-            (
-                self.training and self.commitment_use_cross_entropy_loss,
-                "topk does not go with commitment_use_cross_entropy_loss in training",
-            ),
-            (
-                self.training and self.in_place_codebook_optimizer is not None,
-                "topk does not go with in_place_codebook_optimizer in training",
-            ),
-        ):
-            if wrong:
-                raise ValueError(f"VectorQuantize: {text}")
+        if topk < 1:
+            raise ValueError("VectorQuantize: topk must be >= 1")
+        if self.heads > 1:
+            raise ValueError("VectorQuantize: topk does not go with heads")
+        for other in ("commitment_use_cross_entropy_loss", "in_place_codebook_optimizer"):
+            if self.training and getattr(self, other):
+                raise ValueError(f"VectorQuantize: topk does not go with {other} in training")
         return min(int(topk), self.codebook_size)
 
     def _loss(self, parts: tuple[Tensor, ...], codes: list[Tensor], masks: tuple[Tensor | None, ...],

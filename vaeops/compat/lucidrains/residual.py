@@ -28,17 +28,24 @@ class ResidualVQ(nn.Module):
     """`vector_quantize_pytorch.ResidualVQ`, version 1.32: its arguments, defaults, outputs and state_dict.
 
     Args:
-        As the peer's. implicit_neural_codebook with mlp_kwargs, and beam_size with its kin, raise when they
-        ask for something; so do indices, beam_size and sample_codebook_temp of the call. vq_kwargs go to each
-        level's `VectorQuantize`.
+        As the peer's. vq_kwargs go to each level's `VectorQuantize`. eval_beam_size needs no beam_size.
 
     Returns:
-        (quantized, indices [..., Q], losses [Q]), and all codes [Q, ..., D] with return_all_codes.
+        (quantized, indices [..., Q], losses [Q]), and all codes [Q, ..., D] with return_all_codes;
+        (quantized, the sum of cross entropies) where the call gives indices.
 
     As with the peer, each level passes its own straight-through gradient on, so that of the sum is Q times
-    the output's; `vaeops.nn.ResidualVQ` passes it on once. Other differences are `VectorQuantize`'s. Without
-    shared_codebook all codebooks move after the last level, with one all-reduce; quantize_dropout draws from
-    torch's default generator, on the CPU, and needs it equal in all processes.
+    the output's; `vaeops.nn.ResidualVQ` passes it on once. Without shared_codebook all codebooks move after
+    the last level, with one all-reduce. An implicit codebook needs rows x codes x D numbers at each level.
+
+    Where it differs from the peer, on purpose, beside what `VectorQuantize` says:
+        - Given indices work; the peer raises. The residual is that of the level's own code.
+        - With a beam all levels learn, the peer's first alone; it works without a commitment loss, with
+          implicit, affine and small codebooks, k-means and images too, where the peer raises.
+        - Images work; the peer raises. Frozen levels stay, whoever froze them; the peer forgets
+          freeze_codebook of the constructor, and with a beam that of the call.
+        - A shared codebook with in_place_codebook_optimizer moves, once a call; the peer's never does.
+        - diveq adds noise in training alone; the peer's output in eval is random.
     """
 
     layers: Sequence[VectorQuantize]

@@ -31,8 +31,8 @@ def logits(x: Tensor, codes: Tensor, cosine: bool) -> Tensor:
 
 def in_chunks(part: Callable[..., Tensor], x: Tensor, codes: Tensor, *others: Tensor) -> list[Tensor]:
     """part(x, codes, *others) for chunks of the first dimension; codes [K, D] go whole to each."""
-    per_row = x[0].numel() // x.shape[-1] * codes.shape[-2] if len(x) else 1
-    size = max(1, _CHUNK // per_row)
+    per_row = x.shape[1:-1].numel() * codes.shape[-2]
+    size = max(1, _CHUNK // max(1, per_row))
     if len(x) <= size:
         return [part(x, codes, *others)]
     cut = [t.split(size) for t in (x, *others)]
