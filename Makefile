@@ -25,11 +25,14 @@ test: $(BUILT)
 test-all: $(BUILT)
 	$(PY) -m pytest tests --slow
 
+# torchvision stays apart: a CUDA build of it breaks whatever imports it next to a CPU torch (tests/peers.py mends that).
 .venv/ready: constraints.txt pyproject.toml
 	test -x .venv/bin/python || python3 -m venv .venv
 	$(PIP) install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch triton numpy setuptools \
-	  ninja pybind11 pytest pytest-benchmark hypothesis scikit-learn matplotlib tqdm ruff mypy clang-format \
+	  ninja pybind11 pytest pytest-benchmark hypothesis scikit-learn scipy matplotlib pillow tqdm ruff mypy clang-format \
 	  vector-quantize-pytorch diffusers
+	$(PIP) install -q --no-deps -c constraints.txt lpips
+	$(PIP) install -q --no-deps -c constraints.txt --upgrade --target .venv/peers torchvision
 	touch $@
 
 # Without build isolation: the kernels are built against the torch that is installed.

@@ -19,7 +19,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One competitor. `call(*leaves)` returns (z, kl, ...) or, in a case without backward, (x, ...)."""
+    """One competitor. `call(*leaves)` returns (z, kl, ...), (loss,) or, without backward, (x, ...)."""
 
     name: str
     call: Callable[..., tuple]
@@ -53,7 +53,7 @@ class Case(Protocol):
 def cotangents(outputs: tuple, inputs: Inputs) -> list[Tensor]:
     """Gradients handed to backward: random for z, not 1 for the KL, in the shape and dtype of the row's."""
     assert inputs.grad_z is not None
-    return [inputs.grad_z, torch.full_like(outputs[1], 0.5)]
+    return [inputs.grad_z, *(torch.full_like(other, 0.5) for other in outputs[1:2])]
 
 
 def our_impls(device: torch.device) -> list[tuple[str, str | None]]:

@@ -87,6 +87,106 @@ struct LogProbBackward : LogProb {
   Operand gx, gmu, grho;
 };
 
+// Orders of vaeops.ref.perceptual.DISTANCES and .ALGORITHMS.
+enum class Distance : int32_t { mse, l1, smooth_l1, lpips, gram };
+enum class VggAlgorithm : int32_t { winograd, direct, bf16 };
+
+constexpr int kVggLayers = 24;  // VGG19: 16 convolutions and 5 pools
+constexpr int kVggTaps = 2 * kVggLayers;
+constexpr int kVggHeads = 64;
+
+// Letters of the perceptual family: B images of H x W, maps of h x w, C channels in, K channels out.
+// A frozen trunk, cut after its last tap: 3x3 convolutions (stride 1, padding 1) with bias and ReLU, and 2x2 max pools.
+struct VggTrunk {
+  int32_t layers = 0;
+  int64_t channels[kVggLayers];  // K of a convolution; 0: a pool
+  const float* packed;           // by vgg_pack: weights of both directions, biases
+  int32_t taps = 0;
+  int32_t tap[kVggTaps];  // ascending; 2 * layer: the convolution's output, 2 * layer + 1: the layer's output
+  VggAlgorithm algorithm = VggAlgorithm::winograd;
+};
+
+// [B, 3, H, W] of any strides. (p - mean) * rstd enters the first convolution, whose padding is 0.
+struct VggImage {
+  const void* data = nullptr;  // null: absent
+  Dtype dtype = Dtype::f32;
+  bool uint8 = false;  // instead of `dtype`
+  int64_t stride[4];
+  float mean[3], rstd[3];
+};
+
+struct VggFeatures {
+  VggTrunk trunk;
+  VggImage image;
+  int64_t batch, height, width;
+  void* map[kVggTaps];  // [B, h, w, K] fp32 (bf16: bf16), one a tap
+  uint8_t* saved;       // vgg_saved_bytes: masks of the ReLUs, codes of the pools; null: not kept
+};
+
+struct VggFeaturesBackward {
+  VggTrunk trunk;
+  int64_t batch, height, width;
+  const void* grad[kVggTaps];  // as the maps; null: no gradient reaches this tap
+  const uint8_t* saved;
+  float rstd[3];
+  void* gx;  // [B, 3, H, W] contiguous
+  Dtype gx_dtype;
+};
+
+// One term of the loss: weight * distance between the two images' maps at trunk.tap[tap].
+struct VggHead {
+  int32_t tap;
+  Distance kind;
+  float weight;
+  const float* lin;  // [K]; lpips alone
+};
+
+// losses[i, b] = distance i of image b; gx = the gradient of sum_i weight_i * losses[i, b] with respect to image b.
+struct PerceptualForward {
+  VggTrunk trunk;
+  VggImage image, target;            // target absent: target_map
+  const void* target_map[kVggTaps];  // [B, h, w, K]
+  Dtype target_map_dtype;            // fp32 or bf16
+  int64_t batch, height, width;
+  int32_t heads;
+  VggHead head[kVggHeads];
+  bool mean;      // else the sum over a map
+  float* losses;  // [heads, B]
+  void* gx;       // [B, 3, H, W] contiguous; null: not wanted
+  Dtype gx_dtype;
+};
+
+// Distance between two maps [B, C, h, w] of any strides.
+struct FeatureDistance {
+  const void *a, *b;
+  Dtype dtype;
+  int64_t a_stride[4], b_stride[4];
+  int64_t batch, channels, height, width;
+  Distance kind;
+  const void* lin;  // C (fp64 for fp64 maps, else fp32), [C]; lpips alone
+  bool mean, spatial;
+};
+
+struct FeatureDistanceForward : FeatureDistance {
+  void* out;  // C: [B], or [B, h, w] where spatial
+};
+
+struct FeatureDistanceBackward : FeatureDistance {
+  const void* grad;  // C, as `out`
+  void *ga, *gb;     // the maps' dtype, strides below; null: not wanted
+  int64_t ga_stride[4], gb_stride[4];
+};
+
+// One 3x3 convolution of [B, h, w, C] to [B, h, w, K], or its input gradient; no ReLU. packed: vgg_pack of this layer.
+struct VggConv {
+  VggAlgorithm algorithm;
+  const float* x;
+  const float* packed;
+  int64_t batch, height, width, in, out;  // of the convolution itself, not of its transpose
+  bool transposed;
+  float* y;
+};
+
 // Orders of vaeops.ref.vq.METRICS, .REDUCTIONS (off: no loss) and .ESTIMATORS.
 enum class Metric : int32_t { l2, cosine, dot };
 enum class RowReduction : int32_t { off = -1, none, mean, sum };
@@ -190,6 +290,22 @@ void vq_assign(const VqAssign& call, ParallelFor parallel);
 void vq_gather(const VqGather& call, ParallelFor parallel);
 void vq_gather_backward(const VqGatherBackward& call, ParallelFor parallel);
 void vq_segment_sum(const VqSegmentSum& call, ParallelFor parallel);
+
+// Weights [w0, b0, w1, b1, ...] of the convolutions (OIHW fp32) in the order that the kernels of this machine read,
+// behind a header that says how they were packed. `in_channels`: of the first layer, 3 for an image.
+int64_t vgg_packed_floats(const VggTrunk& trunk, int64_t in_channels);
+void vgg_pack(const VggTrunk& trunk, int64_t in_channels, const float* const* weights, float* packed,
+              ParallelFor parallel);
+// Why `trunk.packed`, which has so many floats, is not what vgg_pack makes of this trunk, or of one that goes on, on
+// this machine; null: it is.
+const char* vgg_packed_mismatch(const VggTrunk& trunk, int64_t in_channels, int64_t floats);
+int64_t vgg_saved_bytes(const VggTrunk& trunk, int64_t batch, int64_t height, int64_t width);
+void vgg_features(const VggFeatures& call, ParallelFor parallel);
+void vgg_features_backward(const VggFeaturesBackward& call, ParallelFor parallel);
+void perceptual_forward(const PerceptualForward& call, ParallelFor parallel);
+void feature_distance_forward(const FeatureDistanceForward& call, ParallelFor parallel);
+void feature_distance_backward(const FeatureDistanceBackward& call, ParallelFor parallel);
+void vgg_conv(const VggConv& call, ParallelFor parallel);
 
 // Instruction set: the best that the machine has, unless a test asked for a lesser one.
 // amx: AVX-512, and tile products where a kernel has them.

@@ -1,8 +1,10 @@
 """Data sets, and the one-code-an-image experiment on them."""
 
 import gzip
+import io
 import os
 import re
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,51 @@ def test_mnist_says_what_is_missing_or_wrong(tmp_path):
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"not images"))
     with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz is not MNIST's: sha256"):
         data.mnist(tmp_path, train=False)
+
+
+def celeba_files(sizes):
+    """CelebA's layout: one grey image of each size, the last one of the validation split."""
+    image = pytest.importorskip("PIL.Image")
+    files, lines = {}, []
+    for i, size in enumerate(sizes):
+        buffer = io.BytesIO()
+        image.new("RGB", size, (10 * i, 10 * i, 10 * i)).save(buffer, "JPEG", quality=95)
+        files[f"img_align_celeba/{i:06d}.jpg"] = buffer.getvalue()
+        lines.append(f"{i:06d}.jpg {int(i == len(sizes) - 1)}")
+    return files | {"list_eval_partition.txt": "\n".join(lines).encode()}
+
+
+def write(files, path):
+    for name, content in files.items():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(content)
+
+
+def test_celeba_from_a_folder_and_a_tar(tmp_path):
+    files = celeba_files([(6, 4)] * 4)
+    write(files, tmp_path)
+    with tarfile.open(tmp_path / "celeba.tar", "w") as archive:
+        for name in files:
+            archive.add(tmp_path / name, f"celeba/{name}")
+    faces = data.celeba(tmp_path, "train")
+    assert faces.shape == (3, 3, 4, 6) and faces.dtype == torch.uint8
+    assert [int(face.float().mean().round()) for face in faces] == [0, 10, 20]
+    assert torch.equal(data.celeba(tmp_path / "celeba.tar", "train"), faces)
+    assert data.celeba(tmp_path / "celeba.tar", "valid").float().mean().round() == 30
+
+
+def test_celeba_says_what_is_missing_or_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*celeba\.tar"):
+        data.celeba(tmp_path / "celeba.tar", "train")
+    with pytest.raises(FileNotFoundError, match=r"there is no list_eval_partition\.txt"):
+        data.celeba(tmp_path, "train")
+    write(celeba_files([(6, 4), (4, 4), (4, 4)]), tmp_path)
+    with pytest.raises(ValueError, match=r"must have one size, they have \[\(4, 4\), \(4, 6\)\]"):
+        data.celeba(tmp_path, "train")
+    with pytest.raises(ValueError, match="no image of the split 'test'"):
+        data.celeba(tmp_path, "test")
+    with pytest.raises(ValueError, match=r"split must be one of .*got 'training'"):
+        data.celeba(tmp_path, "training")
 
 
 def test_train_command_on_digits(tmp_path, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vaeops.models import MLPVAE, MLPVQVAE
+from vaeops.models import MLPVAE, MLPVQVAE, CelebAVAE
 from vaeops.train import workshop_vq
 
 SEED = torch.tensor([11, 0])
@@ -16,6 +16,20 @@ SEED = torch.tensor([11, 0])
 )
 def test_parameter_counts(sizes, parameters):
     assert sum(p.numel() for p in MLPVAE(*sizes).parameters()) == parameters
+
+
+def test_the_workshop_s_vae_of_faces():
+    model = CelebAVAE()
+    assert sum(p.numel() for p in model.parameters()) == 7_868_931
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    out = model(x, seed=SEED)
+    assert out.recon.shape == x.shape and out.z.shape == (2, 128) and out.recon.abs().max() <= 1
+    reference = CelebAVAE(ops="ref")
+    reference.load_state_dict(model.state_dict())
+    torch.testing.assert_close(reference(x, seed=SEED).kl, out.kl)
+    assert model.sample(3, SEED).shape == (3, 3, 64, 64)
+    model.eval()
+    assert torch.equal(model(x).z, model.encode(x)[0])
 
 
 def test_shapes_and_modes():

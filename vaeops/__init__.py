@@ -7,6 +7,7 @@ _native.load()
 from . import nn as nn, objectives as objectives, ref as ref, rng as rng
 from ._info import info as info
 from ._native import empty_cache as empty_cache
+from .nn.vgg import VGGTrunk as VGGTrunk
 from .ops.gaussian import (
     LatentOutput as LatentOutput,
     gaussian_kl as gaussian_kl,
@@ -14,6 +15,12 @@ from .ops.gaussian import (
     reparam_kl as reparam_kl,
     reparam_kl_packed as reparam_kl_packed,
     reparameterize as reparameterize,
+)
+from .ops.perceptual import (
+    TargetCache as TargetCache,
+    Term as Term,
+    feature_distance as feature_distance,
+    perceptual_loss as perceptual_loss,
 )
 from .ops.vq import (
     VQOutput as VQOutput,

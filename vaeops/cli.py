@@ -27,9 +27,9 @@ def _bench(rest: list[str]) -> int:
 
 
 def _train(rest: list[str]) -> int:
-    from .train import workshop_vq
+    from .train import workshop_celeba, workshop_vq
 
-    presets = {"workshop-vq": workshop_vq.main}
+    presets = {"workshop-celeba": workshop_celeba.main, "workshop-vq": workshop_vq.main}
     if not rest or rest[0] not in presets:
         print(f"usage: vaeops train {{{','.join(presets)}}} ...", file=sys.stderr)
         return 0 if rest[:1] in (["-h"], ["--help"]) else 2
@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     info.add_argument("--json", action="store_true", help="as JSON")
     commands.add_parser("bench", help="run the benchmarks of a source checkout; takes bench/run.py's options")
-    commands.add_parser("train", help="train a reference model: workshop-vq; --help after its name")
+    commands.add_parser(
+        "train", help="train a reference model: workshop-celeba or workshop-vq; --help after its name"
+    )
     argv = (sys.argv[1:] if argv is None else argv) or ["info"]
     if argv[0] == "bench":  # bench/run.py reads its own options, --help among them
         return _bench(argv[1:])

@@ -1,9 +1,9 @@
 """Every case, by family. A new op adds its file here."""
 
 from ..case import Case
-from . import gaussian, rng, vq
+from . import gaussian, perceptual, rng, vq
 
-ALL: list[Case] = [*rng.CASES, *gaussian.CASES, *vq.CASES]
+ALL: list[Case] = [*rng.CASES, *gaussian.CASES, *vq.CASES, *perceptual.CASES]
 
 
 def select(patterns: list[str] | None) -> list[Case]:

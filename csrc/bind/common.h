@@ -62,6 +62,8 @@ inline int32_t dtype_code(ScalarType dtype) {
       return aoti_torch_dtype_float64();
     case ScalarType::Int:
       return aoti_torch_dtype_int32();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
     default:
       return aoti_torch_dtype_int64();
   }

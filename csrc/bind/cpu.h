@@ -23,14 +23,21 @@ struct Device {
 
   // A row-major output.
   static Tensor fresh(const Tensor& like, const int64_t* sizes, int64_t rank, ScalarType dtype) {
-    size_t bytes = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ? 2
-                   : dtype == ScalarType::Float || dtype == ScalarType::Int   ? 4
-                                                                              : 8;
-    for (int64_t d = 0; d < rank; ++d) bytes *= static_cast<size_t>(sizes[d]);
-    void* const data = bytes >= cpu::kLargeOutput ? cpu::take_pages(bytes) : nullptr;
-    if (data == nullptr) return empty(like, sizes, rank, dtype);
     int64_t strides[kMaxRank];
     row_major(sizes, rank, strides);
+    return fresh(like, sizes, strides, rank, dtype);
+  }
+
+  // An output of dense strides.
+  static Tensor fresh(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t rank,
+                      ScalarType dtype) {
+    size_t bytes = dtype == ScalarType::Byte                                    ? 1
+                   : dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ? 2
+                   : dtype == ScalarType::Float || dtype == ScalarType::Int     ? 4
+                                                                                : 8;
+    for (int64_t d = 0; d < rank; ++d) bytes *= static_cast<size_t>(sizes[d]);
+    void* const data = bytes >= cpu::kLargeOutput ? cpu::take_pages(bytes) : nullptr;
+    if (data == nullptr) return empty(like, sizes, strides, rank, dtype_code(dtype));
     return on_pages(data, bytes, IntHeaderOnlyArrayRef(sizes, rank), IntHeaderOnlyArrayRef(strides, rank), dtype, like);
   }
 
@@ -62,6 +69,12 @@ struct Device {
   void run(const VqGather& call) const { cpu::vq_gather(call, parallel); }
   void run(const VqGatherBackward& call) const { cpu::vq_gather_backward(call, parallel); }
   void run(const VqSegmentSum& call) const { cpu::vq_segment_sum(call, parallel); }
+  void run(const VggFeatures& call) const { cpu::vgg_features(call, parallel); }
+  void run(const VggFeaturesBackward& call) const { cpu::vgg_features_backward(call, parallel); }
+  void run(const PerceptualForward& call) const { cpu::perceptual_forward(call, parallel); }
+  void run(const FeatureDistanceForward& call) const { cpu::feature_distance_forward(call, parallel); }
+  void run(const FeatureDistanceBackward& call) const { cpu::feature_distance_backward(call, parallel); }
+  void run(const VggConv& call) const { cpu::vgg_conv(call, parallel); }
   void normal(float* out, int64_t n, Noise noise) const { cpu::normal(out, n, noise, parallel); }
   void fold_in(const int64_t* seed, int64_t seed_stride, const int64_t* index, int64_t index_stride, int64_t* child,
                int64_t m) const {

@@ -1,9 +1,45 @@
-"""`taming.modules.vqvae.quantize.VectorQuantizer2` over the fused quantizer."""
+"""taming's `VectorQuantizer2` over the fused quantizer, and the adaptive weight of its discriminator."""
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.vq import vector_quantize, vq_lookup
+
+
+def adaptive_weight(nll_grad: Tensor, gan_grad: Tensor, discriminator_weight: float = 1.0, *,
+                    eps: float = 1e-4, limit: float = 1e4) -> Tensor:  # fmt: skip
+    """How much the adversarial loss counts: as much as makes its gradient as long as the reconstruction's.
+
+        weight = discriminator_weight * min(|nll_grad| / (|gan_grad| + eps), limit)
+
+    taming takes both gradients at the decoder's last layer, each by an autograd pass from its loss: that of
+    the reconstruction goes through VGG, and so does the step's own backward, once more. The gradient at the
+    image is there already with `perceptual_loss(..., return_grad=True)`, and only the last layer is left:
+
+        perceptual, image_grad = vaeops.perceptual_loss(x, target, trunk, return_grad=True)
+        l1 = (x - target).abs().mean()
+        image_grad = image_grad + torch.autograd.grad(l1, x, retain_graph=True)[0]
+        nll_grad = torch.autograd.grad(x, last_layer, image_grad, retain_graph=True)[0]
+        gan_grad = torch.autograd.grad(gan, last_layer, retain_graph=True)[0]
+        (l1 + perceptual + adaptive_weight(nll_grad, gan_grad) * gan).backward()
+
+    Args:
+        nll_grad, gan_grad: gradients of the two losses with respect to the last layer's weight, one shape.
+        discriminator_weight: a factor of it, as in taming's configuration.
+        eps, limit: taming's constants.
+
+    Returns:
+        [], a constant without a graph, on the gradients' device; does not wait for it.
+
+    Source: Esser, Rombach & Ommer, "Taming Transformers for High-Resolution Image Synthesis", 2021, eq. 7.
+    """
+    if nll_grad.shape != gan_grad.shape:
+        raise ValueError(
+            f"adaptive_weight: gan_grad must have nll_grad's shape {list(nll_grad.shape)}, "
+            f"got {list(gan_grad.shape)}"
+        )
+    ratio = nll_grad.detach().norm() / (gan_grad.detach().norm() + eps)
+    return discriminator_weight * ratio.clamp(0, limit)
 
 
 class VectorQuantizer2(nn.Module):

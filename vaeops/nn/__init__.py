@@ -6,6 +6,8 @@ from .latent import (
     KLSchedule as KLSchedule,
     PosteriorMonitor as PosteriorMonitor,
 )
+from .perceptual import LPIPS as LPIPS, PerceptualLoss as PerceptualLoss, StyleLoss as StyleLoss
 from .quantize import VectorQuantize as VectorQuantize
 from .residual import GroupedResidualVQ as GroupedResidualVQ, ResidualVQ as ResidualVQ
 from .scalar import FSQ as FSQ, LFQ as LFQ, SimVQ as SimVQ
+from .vgg import VGGTrunk as VGGTrunk

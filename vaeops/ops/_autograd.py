@@ -73,6 +73,26 @@ class Differentiable:
         return self._kernel[impl](*tensors, *options)
 
 
+class Once(Function):
+    """The identity on a gradient of `op`, whose own derivative, by whichever of its causes, is an error."""
+
+    @staticmethod
+    def forward(op, gradient, *causes):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.op}: there is no double backward")
+
+    @staticmethod
+    def vmap(info, in_dims, op, gradient, *causes):
+        return Once.apply(op, gradient, *causes), in_dims[1]
+
+
 def _distinct(tensors: tuple) -> list:
     """The same tensors, each an object of its own: Dynamo refuses a Function that is given one twice."""
     result: list[Tensor | None] = []

@@ -2,6 +2,9 @@
 
 import gzip
 import hashlib
+import io
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,3 +70,50 @@ def _idx(root: Path, name: str, header: int) -> np.ndarray:
     if found != _MNIST[name]:
         raise ValueError(f"mnist: {path} is not MNIST's: sha256 {found}, expected {_MNIST[name]}")
     return np.frombuffer(content, np.uint8)[header:].copy()
+
+
+CELEBA_SPLITS = ("train", "valid", "test")
+
+
+def celeba(source: Path, split: str) -> Tensor:
+    """The faces of a split, uint8 [N, 3, H, W], in the files' order; they must have one size.
+
+    Args:
+        source: CelebA's own layout, a folder or a .tar of it: `img_align_celeba/*.jpg` and
+            `list_eval_partition.txt`.
+        split: "train" | "valid" | "test".
+
+    Raises:
+        FileNotFoundError: naming what is missing.
+        ValueError: on an unknown split, a split without images, images of several sizes.
+    """
+    if split not in CELEBA_SPLITS:
+        raise ValueError(f"celeba: split must be one of {CELEBA_SPLITS}, got {split!r}")
+    from PIL import Image
+
+    name = "list_eval_partition.txt"
+    partition = _files(source, lambda file: file == name).get(name)
+    if partition is None:
+        raise FileNotFoundError(f"celeba: there is no {name} in {source}")
+    wanted = str(CELEBA_SPLITS.index(split))
+    lines = (line.split() for line in partition.decode().splitlines())
+    chosen = {line[0] for line in lines if len(line) == 2 and line[1] == wanted}
+    images = sorted(_files(source, chosen.__contains__).items())
+    if not images:
+        raise ValueError(f"celeba: {source} has no image of the split {split!r}")
+    faces = [np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for _, content in images]
+    sizes = {face.shape[:2] for face in faces}
+    if len(sizes) > 1:
+        raise ValueError(f"celeba: the images of {source} must have one size, they have {sorted(sizes)[:3]}")
+    return torch.from_numpy(np.stack(faces)).permute(0, 3, 1, 2).contiguous()
+
+
+def _files(source: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
+    """{name: content} of the wanted files in a folder or a tar, names without folders."""
+    if source.is_dir():
+        return {p.name: p.read_bytes() for p in source.rglob("*") if wanted(p.name) and p.is_file()}
+    if not source.exists():
+        raise FileNotFoundError(f"celeba: there is no {source}")
+    with tarfile.open(source) as archive:
+        members = ((Path(m.name).name, archive.extractfile(m)) for m in archive if wanted(Path(m.name).name))
+        return {name: file.read() for name, file in members if file is not None}

@@ -62,6 +62,17 @@ def reconstructions(path: Path, title: str, originals: np.ndarray, decoded: np.n
                     axes.set_ylabel(name, rotation=0, ha="right", va="center")
 
 
+def image_rows(path: Path, title: str, rows: Mapping[str, np.ndarray]) -> None:
+    """rows: name -> colour images [N, H, W, 3] in [0, 1], a row each."""
+    columns = max(len(images) for images in rows.values())
+    with _figure(path, title, (0.95 * columns + 1.0, 0.95 * len(rows) + 0.5)) as figure:
+        grid = figure.subplots(len(rows), columns, squeeze=False)
+        for axes_of_row, (name, images) in zip(grid, rows.items()):
+            for axes, image in zip(axes_of_row, images):
+                _image(axes, image)
+            axes_of_row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+
+
 def latent_plane(path: Path, title: str, mu: np.ndarray, labels: np.ndarray) -> None:
     """mu [N, 2], labels [N] in 0..9: each digit in its colour, and its name at the median of its points."""
     with _figure(path, title, (7.2, 6.2)) as figure:

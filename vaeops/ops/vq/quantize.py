@@ -10,6 +10,7 @@ from torch.autograd import Function
 
 from ...ref import vq as ref
 from ...ref.vq import VQOutput
+from .._autograd import Once
 from .._library import check_impl, define, overloads
 from . import check
 from .assign import ASSIGN, triton_kernel
@@ -81,22 +82,6 @@ def _per_element(g: Tensor, x: Tensor, indices: Tensor | None, reduction: int) -
     if indices is None:
         return g / torch.sym_max(x.numel(), 1)
     return g / (x.shape[-1] * (indices >= 0).sum().clamp(min=1))
-
-
-class Once(Function):
-    """The identity on a gradient of `op`, whose own derivative, by whichever of its causes, is an error."""
-
-    @staticmethod
-    def forward(op, gradient, *causes):
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.op = inputs[0]
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(f"{ctx.op}: there is no double backward")
 
 
 def finite_rows(x: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from torch.autograd import Function
 
 from ...ref import vq as ref
 from .. import rng
+from .._autograd import Once
 from .._library import library
 from . import check
 from .assign import vq_assign
-from .quantize import Once, finite_rows
+from .quantize import finite_rows
 
 _CHUNK = 1 << 20  # logits of a chunk of rows: 4 MiB
 _SMALLEST = 2.0**-26  # of an exponential draw: fp32 noise cannot tell what lies below 2^-25 from 0

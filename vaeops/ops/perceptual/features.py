@@ -1,0 +1,201 @@
+"""The maps of a frozen trunk, differentiable in the image, and what an op takes of a trunk.
+
+Backward needs no activations: a bit for each ReLU and two for each pooled element are kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from ...ref import perceptual as ref
+from .._autograd import Once
+from .._library import check_impl
+from . import check
+from .trunk import CONV, FEATURES_BWD, FEATURES_FWD, PACK
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A trunk up to its last tap, as the ops take it. Letters as in vaeops/ref/perceptual.py.
+
+    layers, taps, algorithm: as there.
+    weights: [w0, b0, ...]; batch norm folded in, unless `norms` is there.
+    norms: (weight, bias) of the batch norm after each convolution, which takes the batch's statistics.
+    constants: `pixels` of floating-point images, and of uint8 images.
+    packs: packed weights by what was packed, shared by all cuts of a trunk.
+    """
+
+    layers: tuple[int, ...]
+    taps: tuple[int, ...]
+    weights: tuple[Tensor, ...]
+    algorithm: int
+    constants: tuple[tuple[float, ...], tuple[float, ...]]
+    norms: tuple[tuple[Tensor, Tensor], ...] = ()
+    norm_eps: float = 1e-5
+    packs: dict[Any, Tensor] = field(default_factory=dict)
+
+    def pixels(self, dtype: torch.dtype) -> tuple[float, ...]:
+        return self.constants[dtype is torch.uint8]
+
+    @property
+    def fp64(self) -> bool:
+        return self.weights[0].dtype is torch.float64
+
+    def channels(self, tap: int) -> int:
+        """K of the map at a tap."""
+        return next(k for k in self.layers[tap // 2 :: -1] if k)
+
+    def packed(self, impl: str | None) -> Tensor:
+        """All weights, packed by `impl`: once for each depth."""
+        return self._pack((impl, self.layers), self.weights, self.layers)
+
+    def packed_layer(self, impl: str | None, convolution: int) -> Tensor:
+        """The weights of one convolution."""
+        weights = self.weights[2 * convolution : 2 * convolution + 2]
+        return self._pack((impl, convolution), weights, weights[0].shape[:1])
+
+    def _pack(self, key: tuple, weights: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
+        if key not in self.packs:
+            with torch.no_grad():
+                self.packs[key] = PACK[key[0]](weights, layers, self.algorithm)
+        return self.packs[key]
+
+
+class _Features(Function):
+    """(*maps, saved) of (static, x, packed, *weights)."""
+
+    @staticmethod
+    def forward(static, x, packed, *weights):
+        impl, layers, taps, pixels, algorithm = static
+        maps, saved = FEATURES_FWD[impl](x, weights, packed, layers, taps, pixels, algorithm, True)
+        return *maps, saved
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.static, *tensors = inputs
+        ctx.save_for_backward(output[-1], *tensors)
+        ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        impl, layers, taps, pixels, algorithm = ctx.static
+        saved, x, packed, *weights = ctx.saved_tensors
+        nothing = (None,) * (1 + len(weights))
+        grads = grads[:-1]
+        if all(g is None for g in grads):
+            return None, None, *nothing
+        gx = FEATURES_BWD[impl](grads, x, weights, packed, saved, layers, taps, pixels, algorithm)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gx = Once.apply("VGGTrunk.features", gx, x, *grads)
+        return None, gx, *nothing
+
+
+class _Conv(Function):
+    """A convolution of (static, x, weight, bias, packed), differentiable in x."""
+
+    @staticmethod
+    def forward(static, x, weight, bias, packed):
+        impl, algorithm = static
+        return CONV[impl](x, weight, bias, packed, False, algorithm)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.static, _, weight, _, packed = inputs
+        ctx.save_for_backward(weight, packed)
+
+    @staticmethod
+    def backward(ctx, g):
+        impl, algorithm = ctx.static
+        gx = CONV[impl](g, *_with_bias(ctx.saved_tensors), True, algorithm)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gx = Once.apply("VGGTrunk.features", gx, g)
+        return None, gx, None, None, None
+
+
+def _with_bias(saved: tuple[Tensor, Tensor]) -> tuple[Tensor, None, Tensor]:
+    return saved[0], None, saved[1]
+
+
+def features(cut: Cut, x: Tensor, impl: str | None) -> list[Tensor]:
+    """The maps of x at the taps of the cut, with a graph where x asks for one."""
+    if cut.norms:
+        return _batch_features(cut, x, impl)
+    packed, pixels = cut.packed(impl), cut.pixels(x.dtype)
+    if torch.is_grad_enabled() and x.requires_grad:
+        static = (impl, cut.layers, cut.taps, pixels, cut.algorithm)
+        return list(_Features.apply(static, x, packed, *cut.weights)[:-1])
+    return FEATURES_FWD[impl](
+        x.detach(), cut.weights, packed, cut.layers, cut.taps, pixels, cut.algorithm, False
+    )[0]
+
+
+def _batch_features(cut: Cut, x: Tensor, impl: str | None) -> list[Tensor]:
+    """The same where batch norm takes the statistics of the batch: composed, keeps its activations."""
+    dtype, pixels = ref.compute_dtype(x, *cut.weights), cut.pixels(x.dtype)
+    v, at, maps = ref.normalized(x, pixels, dtype), 0, []
+    for layer, channels in enumerate(cut.layers):
+        if not channels:
+            v = F.max_pool2d(v, 2)
+        else:
+            weight, bias = cut.weights[2 * at : 2 * at + 2]
+            v = _Conv.apply((impl, cut.algorithm), v, weight, bias, cut.packed_layer(impl, at))
+            v = F.batch_norm(v, None, None, *cut.norms[at], training=True, eps=cut.norm_eps)
+            if 2 * layer in cut.taps:
+                maps.append(v)
+                v = v.relu()
+            else:
+                v = v.relu_()
+            at += 1
+        if 2 * layer + 1 in cut.taps:
+            maps.append(v)
+    return maps
+
+
+class TargetCache:
+    """The maps of a target, made once by `VGGTrunk.encode`: constants, without a graph.
+
+    Args:
+        maps: [B, K, h, w] a tap; fp32, or bf16 (fp64 for fp64).
+        taps: their names or indices, as `VGGTrunk.encode` took them.
+
+    `len(cache)` is B, `cache[2:5]`, `cache[[0, 3]]` and `cache[mask]` are caches of some images,
+    `cache.to(...)` moves it or makes it bf16. It belongs to the trunk that made it.
+    """
+
+    def __init__(self, maps: Sequence[Tensor], taps: Sequence[str | int]) -> None:
+        if len(maps) != len(taps) or not maps:
+            raise ValueError(f"TargetCache: one map a tap is needed, got {len(maps)} maps, {len(taps)} taps")
+        self.maps, self.taps = tuple(m.detach() for m in maps), tuple(taps)
+
+    def to(self, *args: Any, **kwargs: Any) -> "TargetCache":
+        return TargetCache([m.to(*args, **kwargs) for m in self.maps], self.taps)
+
+    def __len__(self) -> int:
+        return self.maps[0].shape[0]
+
+    def __getitem__(self, which: Any) -> "TargetCache":
+        if isinstance(which, int):
+            which = slice(which, which + 1 or None)
+        return TargetCache([m[which] for m in self.maps], self.taps)
+
+    def __repr__(self) -> str:
+        return f"TargetCache({len(self)} images, taps={self.taps})"
+
+
+def trunk_features(
+    op: str, trunk: Any, x: Tensor, taps: Sequence[str | int], impl: str | None
+) -> list[Tensor]:
+    """`VGGTrunk.features` and `.encode`: checks, then the maps."""
+    check.image(op, "x", x)
+    check.trunk(op, trunk, x.device)
+    cut = trunk.cut(taps)
+    check.deep_enough(op, x, cut.layers)
+    impl = check.double(op, impl, x.dtype is torch.float64 or cut.fp64)
+    check_impl(op, impl, x, "vgg_features_fwd")
+    return features(cut, x, impl)
