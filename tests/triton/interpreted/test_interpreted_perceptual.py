@@ -5,6 +5,7 @@ import torch
 from budget import assert_within_budget
 from triton import next_power_of_2
 
+import vaeops
 from vaeops.kernels import perceptual
 from vaeops.kernels.perceptual import conv, distance, pool, trunk
 from vaeops.ref import perceptual as ref
@@ -18,7 +19,7 @@ FP32, DIRECT, BF16 = range(3)
 def _large_programs(monkeypatch):
     """The interpreter's time goes by operations, whatever their size."""
     whole = lambda channels: max(16, next_power_of_2(channels))  # noqa: E731
-    monkeypatch.setattr(conv, "settings", lambda C, K, dtype: (16, 16, whole(K), whole(C), 4, 1))
+    monkeypatch.setattr(conv, "settings", lambda dtype: (16, 16, 256, 256, 4, 1))
     monkeypatch.setattr(pool, "settings", lambda channels: (16, 16, whole(channels), 4))
     monkeypatch.setattr(distance, "settings", lambda channels, dtype: (128, whole(channels), 4))
 
@@ -384,3 +385,27 @@ def test_distance_layouts(kind, monkeypatch):
             for one, same in zip(ours, want):
                 assert one.stride() == same.stride()
                 torch.testing.assert_close(one, same)
+
+
+def test_the_public_functions_take_it():
+    net = vaeops.VGGTrunk.random("vgg11", seed=0)
+    x, target = normal(2, 3, 9, 12).clamp(-1, 1), normal(2, 3, 9, 12, seed=1).clamp(-1, 1)
+    lin = [torch.rand(64), torch.rand(128)]
+    terms = [
+        vaeops.Term("lpips", ("relu1_1", "conv2_1"), lin=lin),
+        vaeops.Term("gram", ("pool1",), weight=9.0),
+    ]
+    found = []
+    for impl in ("triton", "ref"):
+        x, target = (t.detach().requires_grad_() for t in (x, target))
+        loss = vaeops.perceptual_loss(x, target.detach(), net, terms=terms, reduction="none", impl=impl)
+        gradients = torch.autograd.grad(loss, x, torch.tensor([1.0, -2.0]))
+        both = vaeops.perceptual_loss(x, target, net, terms=terms, impl=impl)  # by way of the maps
+        gradients += torch.autograd.grad(both, (x, target))
+        distance = vaeops.feature_distance(
+            x, target, kind="lpips", lin=torch.ones(3), spatial=True, impl=impl
+        )
+        gradients += torch.autograd.grad(distance.sin().sum(), (x, target))
+        found.append([loss, both, distance, *gradients])
+    for ours, want in zip(*found):
+        assert relative(ours.detach(), want.detach()) < 1e-5

@@ -14,13 +14,19 @@ from ._tile import FIXED, channels, finish, pixels, restrain, tile_at
 from .pool import grid
 
 
-def settings(C: int, K: int, dtype: torch.dtype) -> tuple[int, int, int, int, int, int]:
-    """(rows, columns, channels out, channels in of a step, warps, stages) of a program.
+def settings(dtype: torch.dtype) -> tuple[int, int, int, int, int, int]:
+    """(rows, columns, most channels out, most channels in of a step, warps, stages) of a program.
 
     Not tuned on a GPU yet.
     """
+    return 8, 16, 64, 64 if dtype is torch.bfloat16 else 32, 8, 3
+
+
+def tiles(C: int, K: int, dtype: torch.dtype) -> tuple[int, int, int, int, int, int]:
+    """`settings`, no larger than the layer. The first layer's 27 products are one step."""
+    TH, TW, most_out, most_in, warps, stages = settings(dtype)
     out, step = (max(16, triton.next_power_of_2(n)) for n in (K, C))
-    return 8, 16, min(64, out), min(64 if dtype is torch.bfloat16 else 32, step), 8, 3
+    return TH, TW, min(most_out, out), min(most_in, step), warps, stages
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -146,7 +152,7 @@ def run_conv(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool,
     """x [n, C, h, w] channels_last; weight [K, 3, 3, C]; outputs (before, y, mask, pooled, code)."""
     n, C, height, width = x.shape
     K = weight.shape[0]
-    TH, TW, BK, BC, warps, stages = settings(C, K, x.dtype)
+    TH, TW, BK, BC, warps, stages = tiles(C, K, x.dtype)
     conv_kernel[grid(n, height, width, K, TH, TW, BK)](
         x, weight, bias, *outputs, height, width, C, K, relu, precision(x.dtype), TH, TW, BK, BC,
         num_warps=warps, num_stages=stages,
@@ -157,7 +163,7 @@ def run_conv_bwd(g: Tensor, rotated: Tensor, below: tuple[Tensor | None, ...], o
     """g [n, K, h, w], out [n, C, h, w] channels_last; rotated [C, 3, 3, K]; below (after, mask, before)."""
     n, K, height, width = g.shape
     C = rotated.shape[0]
-    TH, TW, BK, BC, warps, stages = settings(K, C, g.dtype)
+    TH, TW, BK, BC, warps, stages = tiles(K, C, g.dtype)
     conv_bwd_kernel[grid(n, height, width, C, TH, TW, BK)](
         g, rotated, *below, out, height, width, K, C, precision(g.dtype), TH, TW, BK, BC,
         num_warps=warps, num_stages=stages,
@@ -169,7 +175,7 @@ def run_conv_first(x: Tensor, pixels: Sequence[float], weight: Tensor, bias: Ten
     """x [n, 3, H, W] of any strides; weight [K, 3, 3, 3], channels first; outputs as in run_conv."""
     n, _, height, width = x.shape
     K = weight.shape[0]
-    TH, TW, BK, _, warps, _ = settings(32, K, weight.dtype)
+    TH, TW, BK, _, warps, _ = tiles(3, K, weight.dtype)
     conv_first_kernel[grid(n, height, width, K, TH, TW, BK)](
         x, x.stride(), tuple(pixels[:3]), tuple(pixels[3:]), weight, bias, *outputs, height, width,
         K, relu, precision(weight.dtype), TH, TW, BK, num_warps=warps,
@@ -179,7 +185,7 @@ def run_conv_first(x: Tensor, pixels: Sequence[float], weight: Tensor, bias: Ten
 def run_conv_first_bwd(g: Tensor, rotated: Tensor, rstd: Sequence[float], gx: Tensor) -> None:
     """g [n, K, H, W] channels_last; rotated [3, 3, 3, K]; gx [n, 3, H, W] of any strides."""
     n, K, height, width = g.shape
-    TH, TW, BK, BC, warps, stages = settings(K, 3, g.dtype)
+    TH, TW, BK, BC, warps, stages = tiles(K, 3, g.dtype)
     conv_first_bwd_kernel[grid(n, height, width, 3, TH, TW, BK)](
         g, rotated, tuple(rstd), gx, gx.stride(), height, width,
         K, precision(g.dtype), TH, TW, BK, BC, num_warps=warps, num_stages=stages,
