@@ -235,7 +235,7 @@ class LPIPSCase(LossCase):
 
     def exact(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         x = x.detach().double().requires_grad_()
-        loss = vaeops.nn.LPIPS(_lpips_trunk(x.device).double(), "0.1", reduction="mean")(x, target.double())
+        loss = vaeops.nn.LPIPS(_lpips_trunk(x.device), "0.1", reduction="mean")(x, target.double())
         return loss.detach(), torch.autograd.grad(loss, x)[0]
 
 
