@@ -24,7 +24,7 @@ namespace vaeops::cpu {
 namespace {
 
 constexpr int64_t kBlockPixels = 256;        // on AMX tiles
-constexpr int64_t kBlockFloats = 300 << 10;  // of V and M together: they stay in the second-level cache
+constexpr int64_t kBlockFloats = 200 << 10;  // of V and M together: they stay in the second-level cache
 
 // The work, 0 .. n, cut into at most `slots` tasks; run(begin, end, the task's scratch).
 template <class Run>
@@ -39,7 +39,7 @@ void tasks(const ConvScratch& scratch, int64_t slot_bytes, int64_t n, ParallelFo
 int64_t group_of(int64_t out) { return std::min<int64_t>(round_up(out, kPanel), 64); }
 int64_t block_of(int64_t in, int64_t out) {
   const int64_t most = kBlockFloats / (kPoints * (in + group_of(out)));
-  return std::clamp<int64_t>(most / kStripMultiple, 2, 8) * kStripMultiple;
+  return std::clamp<int64_t>(most / kStripMultiple, 3, 8) * kStripMultiple;
 }
 
 WinogradPlan winograd_plan(int64_t in, int64_t out, int64_t block) {
