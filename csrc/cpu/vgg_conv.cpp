@@ -95,7 +95,6 @@ void convolve(VggAlgorithm algorithm, const Call& call, const void* x, int64_t i
     const int64_t rows = ceil_div(call.h, 4), columns = ceil_div(call.w, 4), tiles = call.n * rows * columns;
     const int64_t share = round_up(ceil_div(tiles, scratch.slots), kStripMultiple);
     WinogradPlan p = winograd_plan(in, out, std::min(block_of(in, out), share));
-    p.n = call.n;
     p.h = call.h;
     p.w = call.w;
     p.rows = rows;
@@ -133,7 +132,6 @@ void convolve(VggAlgorithm algorithm, const Call& call, const void* x, int64_t i
   }
 #endif
   DirectPlan p = direct_plan(in, out, call.w);
-  p.n = call.n;
   p.h = call.h;
   p.weights = call.packed;
   p.bias = bias;
@@ -182,7 +180,6 @@ void conv_backward(VggAlgorithm algorithm, const ConvBackward& call, ConvScratch
 void conv_first(VggAlgorithm algorithm, const VggImage& image, int64_t first_image, const ConvForward& call,
                 ConvScratch scratch, ParallelFor inner) {
   DirectPlan p = direct_plan(3, call.out, call.w);
-  p.n = call.n;
   p.h = call.h;
   p.weights = call.packed;
   p.bias = call.packed + conv_packed_floats(algorithm, 3, call.out, false) - call.out;
@@ -202,7 +199,6 @@ void conv_first(VggAlgorithm algorithm, const VggImage& image, int64_t first_ima
 void conv_first_backward(VggAlgorithm algorithm, const ConvBackward& call, const float* rstd, void* gx, Dtype gx_dtype,
                          ConvScratch scratch, ParallelFor inner) {
   DirectPlan p = direct_plan(call.out, 3, call.w);
-  p.n = call.n;
   p.h = call.h;
   p.weights = call.packed;
   const int64_t slot = conv_scratch_bytes(algorithm, 3, call.out, call.w), map = call.h * call.w * call.out;
