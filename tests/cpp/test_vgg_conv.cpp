@@ -436,7 +436,7 @@ void check_first(const Sizes& s, VggAlgorithm wanted, Dtype dtype, bool uint8, b
 }
 
 void run() {
-  constexpr int64_t kShapes[][2] = {{1, 1}, {1, 5}, {7, 9}, {4, 4}, {33, 18}, {12, 8}};
+  constexpr int64_t kShapes[][2] = {{1, 1}, {1, 5}, {7, 9}, {4, 4}, {33, 18}, {12, 12}};
   for (const VggAlgorithm algorithm : {VggAlgorithm::winograd, VggAlgorithm::direct, VggAlgorithm::bf16}) {
     for (const auto& shape : kShapes) {
       const int64_t n = shape[0] > 8 ? 1 : 2;
