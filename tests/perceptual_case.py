@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vaeops
+from vaeops import _native
+from vaeops.nn import vgg_weights
 
 # Of vgg11: name -> torchvision's index into `features`.
 INDEX = {
@@ -17,9 +19,28 @@ TAPS = ("relu1_1", "conv2_1", "relu3_2")
 KINDS = ("mse", "l1", "smooth_l1", "lpips", "gram")
 
 
-@lru_cache(maxsize=12)
+@lru_cache(maxsize=8)
+def stored(arch: str) -> list[Tensor]:
+    return vgg_weights.random(arch, seed=0)
+
+
+@lru_cache(maxsize=64)
+def _trunk(isa: str | None, arch: str, **options) -> vaeops.VGGTrunk:
+    return vaeops.VGGTrunk(arch, stored(arch), **options)
+
+
+def _isa(kernels: str) -> str:
+    try:
+        from vaeops import _host
+    except ImportError:
+        return "best"
+    return _host.isa(kernels)
+
+
 def trunk(arch: str = "vgg11", **options) -> vaeops.VGGTrunk:
-    return vaeops.VGGTrunk.random(arch, seed=0, **options)
+    """Made once for each instruction set, since packed weights are of one."""
+    kernels = _native.path("_ops_cpu")
+    return _trunk(kernels and _isa(str(kernels)), arch, **options)
 
 
 @lru_cache(maxsize=4)

@@ -4,6 +4,7 @@ ReLUs and pools of the run itself)."""
 
 import pytest
 import torch
+from conftest import isas
 from perceptual_case import (
     KINDS,
     TAPS,
@@ -12,6 +13,7 @@ from perceptual_case import (
     linear,
     options,
     relative,
+    stored,
     textbook_distance,
     textbook_loss,
     textbook_maps,
@@ -192,7 +194,7 @@ def test_normalisation_is_exact_at_the_borders(impl, input_range, normalize):
     if normalize is None:
         by_hand = whole.double() / 255 * (hi - lo) + lo
     exact = trunk(normalize=None).features(by_hand, TAPS)
-    net = vaeops.VGGTrunk("vgg11", trunk()._weights, input_range=input_range, normalize=normalize)
+    net = vaeops.VGGTrunk("vgg11", stored("vgg11"), input_range=input_range, normalize=normalize)
     for image in (x, whole):
         for ours, want in zip(net.features(image, TAPS, impl=impl), exact):
             assert relative(ours, want) < 2e-6 and relative(border(ours, 1), border(want, 1)) < 2e-6
@@ -222,7 +224,7 @@ def test_equal_images(impl, kind):
 
 def test_pixels_without_features(impl):
     """Where no unit is on, LPIPS divides by 0; its gradient there is 0, not NaN."""
-    weights = [w.clone() for w in trunk()._weights]
+    weights = [w.clone() for w in stored("vgg11")]
     weights[1].fill_(-100.0)  # nothing passes the first ReLU of a dark image
     weights[3].zero_()
     net = vaeops.VGGTrunk("vgg11", weights)
@@ -407,6 +409,7 @@ def test_gradients_at_corners(impl):
 # ---- opcheck
 
 
+@pytest.mark.parametrize("impl", ["ref", *(["cpp"] if isas() else [])])
 def test_opcheck(impl):
     x, target = images(2, 9, 6)
     weights, packed, layers, taps, pixels, algorithm = arguments(("relu1_1", "conv2_1"))

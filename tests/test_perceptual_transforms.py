@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from perceptual_case import KINDS, TAPS, gradient, images, options, relative, trunk
+from perceptual_case import KINDS, TAPS, gradient, images, options, relative, stored, trunk
 from torch.utils.checkpoint import checkpoint
 
 import vaeops
@@ -28,7 +28,7 @@ def compiler(request):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(compiler, dynamic):
-    net = vaeops.VGGTrunk("vgg11", trunk()._weights).prepare(TAPS)
+    net = vaeops.VGGTrunk("vgg11", stored("vgg11")).prepare(TAPS)
     f = compiler(lambda x, t: loss(x, t, net, reduction="none", kind="smooth_l1"), dynamic=dynamic)
     for batch, side in ((2, 16), (3, 16), (5, 21)):
         x, target = images(batch, side, side)
@@ -39,7 +39,7 @@ def test_compile(compiler, dynamic):
 
 
 def test_a_prepared_trunk_is_not_packed_again(compiler):
-    net = vaeops.VGGTrunk("vgg11", trunk()._weights).prepare(TAPS)
+    net = vaeops.VGGTrunk("vgg11", stored("vgg11")).prepare(TAPS)
     graphs = []
 
     def keep(graph, inputs):
@@ -52,14 +52,14 @@ def test_a_prepared_trunk_is_not_packed_again(compiler):
         str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"
     }
     assert any("perceptual_fwd" in name for name in called) and not any("vgg_pack" in name for name in called)
-    new = vaeops.VGGTrunk("vgg11", trunk()._weights)
+    new = vaeops.VGGTrunk("vgg11", stored("vgg11"))
     f = compiler(lambda x, t: loss(x, t, new))
     for _ in range(2):
         assert relative(gradient(f, x, target)[1], gradient(loss, x, target)[1]) < 1e-5
 
 
 def test_compiled_features_caches_and_targets(compiler):
-    net = vaeops.VGGTrunk("vgg11", trunk()._weights).prepare(TAPS)
+    net = vaeops.VGGTrunk("vgg11", stored("vgg11")).prepare(TAPS)
     x, target = images(2, 16, 16)
     cache = net.encode(target, TAPS)
 
@@ -80,7 +80,7 @@ def test_export_with_a_dynamic_batch():
     class Loss(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.trunk = vaeops.VGGTrunk("vgg11", trunk()._weights).prepare(TAPS)
+            self.trunk = vaeops.VGGTrunk("vgg11", stored("vgg11")).prepare(TAPS)
 
         def forward(self, x, target):
             return loss(x, target, self.trunk)
@@ -200,7 +200,7 @@ def test_the_gradient_is_all_that_is_kept(impl):
     assert sum(t.numel() for t in kept(lambda: loss(x.detach(), target, impl=impl))) == 0
     with torch.no_grad():
         assert not kept(lambda: loss(x, target, impl=impl)) and not loss(x, target, impl=impl).requires_grad
-    weights = {w.data_ptr() for w in trunk()._weights} | {p.data_ptr() for p in trunk()._packs.values()}
+    weights = {w.data_ptr() for w in stored("vgg11")} | {p.data_ptr() for p in trunk()._packs.values()}
     bits = [t for t in kept(lambda: trunk().features(x, TAPS, impl=impl)) if t.data_ptr() not in weights]
     size = lambda t: t.numel() * t.element_size()  # noqa: E731
     eager = kept(lambda: trunk().sequential()[:10](x * 1))

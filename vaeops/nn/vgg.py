@@ -78,7 +78,7 @@ class VGGTrunk(nn.Module):
         left out.
         """
         _check_arch(arch)
-        return cls(arch, vgg_weights.from_state_dict(state_dict, arch), **options)
+        return cls(arch, [w.clone() for w in vgg_weights.from_state_dict(state_dict, arch)], **options)
 
     @classmethod
     def from_file(cls, path: str | Path | None, arch: str, *, download: bool = False,

@@ -2,7 +2,8 @@
 
 It multiplies and adds apart where a GPU has one fma that rounds once: 5 % of the normals would differ.
 It adds down a column one by one where a GPU adds in a tree.
-It rounds a float argument to fp32, whatever its type.
+It rounds a float argument to fp32, whatever its type; it truncates fp32 to bf16, and multiplies matrices of
+bf16 as if their bits were integers.
 And it goes through the whole language at every call of a device function, for half of the time.
 """
 
@@ -42,6 +43,23 @@ def _sum(self: interpreter.ReduceOps, x: tl.tensor) -> tl.tensor:
     return self.to_tensor(data, x.dtype)
 
 
+def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_) -> TensorHandle:
+    a_data, b_data = (
+        cast(self, h, tl.float32).data if h.dtype.scalar == tl.bfloat16 else h.data for h in (a, b)
+    )
+    return TensorHandle(np.matmul(a_data, b_data, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+
+cast = InterpreterBuilder.cast_impl
+
+
+def _cast(self: InterpreterBuilder, src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
+    if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
+        rounded = torch.from_numpy(np.array(src.data)).bfloat16().view(torch.int16)
+        return TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
+    return cast(self, src, dst_type)
+
+
 def _call(self: interpreter.InterpretedFunction, *args, **kwargs):
     languages = (m for m in self.fn.__globals__.values() if isinstance(m, types.ModuleType))
     if any(tl.core.is_builtin(m.load) for m in languages if m is tl or m is tl.core):
@@ -52,6 +70,8 @@ def _call(self: interpreter.InterpretedFunction, *args, **kwargs):
 def install() -> None:
     interpreter.InterpretedFunction.__call__ = _call
     InterpreterBuilder.create_fma = _fma
+    InterpreterBuilder.create_dot = _dot
+    InterpreterBuilder.cast_impl = _cast
     interpreter.ReduceOps.sum = _sum
     convert = interpreter._implicit_cvt
 

@@ -1,0 +1,13 @@
+"""Triton kernels of perceptual losses: launchers with the arguments of the low-level ops."""
+
+from .distance import (
+    feature_distance_bwd as feature_distance_bwd,
+    feature_distance_fwd as feature_distance_fwd,
+)
+from .trunk import (
+    perceptual_fwd as perceptual_fwd,
+    vgg_conv as vgg_conv,
+    vgg_features_bwd as vgg_features_bwd,
+    vgg_features_fwd as vgg_features_fwd,
+    vgg_pack as vgg_pack,
+)
