@@ -24,7 +24,7 @@ namespace vaeops::cpu {
 namespace {
 
 constexpr int64_t kBlockPixels = 256;        // on AMX tiles
-constexpr int64_t kBlockFloats = 300 << 10;  // of V and M together: they stay in the second-level cache
+constexpr int64_t kBlockFloats = 200 << 10;  // of V and M together: they stay in the second-level cache
 
 // The work, 0 .. n, cut into at most `slots` tasks; run(begin, end, the task's scratch).
 template <class Run>
@@ -39,7 +39,7 @@ void tasks(const ConvScratch& scratch, int64_t slot_bytes, int64_t n, ParallelFo
 int64_t group_of(int64_t out) { return std::min<int64_t>(round_up(out, kPanel), 64); }
 int64_t block_of(int64_t in, int64_t out) {
   const int64_t most = kBlockFloats / (kPoints * (in + group_of(out)));
-  return std::clamp<int64_t>(most / kStripMultiple, 2, 8) * kStripMultiple;
+  return std::clamp<int64_t>(most / kStripMultiple, 3, 8) * kStripMultiple;
 }
 
 WinogradPlan winograd_plan(int64_t in, int64_t out, int64_t block) {
@@ -95,7 +95,6 @@ void convolve(VggAlgorithm algorithm, const Call& call, const void* x, int64_t i
     const int64_t rows = ceil_div(call.h, 4), columns = ceil_div(call.w, 4), tiles = call.n * rows * columns;
     const int64_t share = round_up(ceil_div(tiles, scratch.slots), kStripMultiple);
     WinogradPlan p = winograd_plan(in, out, std::min(block_of(in, out), share));
-    p.n = call.n;
     p.h = call.h;
     p.w = call.w;
     p.rows = rows;
@@ -133,7 +132,6 @@ void convolve(VggAlgorithm algorithm, const Call& call, const void* x, int64_t i
   }
 #endif
   DirectPlan p = direct_plan(in, out, call.w);
-  p.n = call.n;
   p.h = call.h;
   p.weights = call.packed;
   p.bias = bias;
@@ -182,7 +180,6 @@ void conv_backward(VggAlgorithm algorithm, const ConvBackward& call, ConvScratch
 void conv_first(VggAlgorithm algorithm, const VggImage& image, int64_t first_image, const ConvForward& call,
                 ConvScratch scratch, ParallelFor inner) {
   DirectPlan p = direct_plan(3, call.out, call.w);
-  p.n = call.n;
   p.h = call.h;
   p.weights = call.packed;
   p.bias = call.packed + conv_packed_floats(algorithm, 3, call.out, false) - call.out;
@@ -202,7 +199,6 @@ void conv_first(VggAlgorithm algorithm, const VggImage& image, int64_t first_ima
 void conv_first_backward(VggAlgorithm algorithm, const ConvBackward& call, const float* rstd, void* gx, Dtype gx_dtype,
                          ConvScratch scratch, ParallelFor inner) {
   DirectPlan p = direct_plan(call.out, 3, call.w);
-  p.n = call.n;
   p.h = call.h;
   p.weights = call.packed;
   const int64_t slot = conv_scratch_bytes(algorithm, 3, call.out, call.w), map = call.h * call.w * call.out;

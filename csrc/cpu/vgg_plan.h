@@ -22,7 +22,7 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 // forward, the bias [out]. A first layer: forward [out / 32][27][32] (channel, row, column) and bias, backward
 // [9][3][K].
 struct WinogradPlan {
-  int64_t in, out, n, h, w;
+  int64_t in, out, h, w;
   int64_t rows, columns, tiles;  // of the maps
   int64_t block;                 // tiles at a time
   int64_t group;                 // output channels at a time
@@ -35,7 +35,7 @@ struct WinogradPlan {
 
 // Rows of a map, or of an image, at a time.
 struct DirectPlan {
-  int64_t in, out, n, h, w;
+  int64_t in, out, h, w;
   int64_t width;  // pixels of a row in scratch, a margin on both sides included
   const float *weights, *bias;
 };

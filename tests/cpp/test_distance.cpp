@@ -195,10 +195,12 @@ void test_definitions() {
 }
 
 void test_types_and_layouts() {
-  const Shape4 shapes[] = {{2, 96, 5, 7}, {1, 33, 20, 17}, {3, 16, 1, 1}, {1, 3, 40, 30}};
+  // The last one is large enough for several tasks.
+  const Shape4 shapes[] = {{2, 96, 5, 7}, {1, 33, 9, 7}, {3, 16, 1, 1}, {1, 3, 20, 15}, {2, 40, 33, 31}};
   for_each_isa([&](const std::string& isa) {
     for (const Shape4& shape : shapes) {
       for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
+        if (shape.h == 33 && (dtype != Dtype::f32 || cpu::isa() != cpu::best_isa())) continue;
         TestMap a(shape, dtype, Order::nhwc), b(shape, dtype, Order::nhwc);
         fill_maps(a, b, 3);
         TestMap wide_a(shape, Dtype::f64, Order::nchw), wide_b(shape, Dtype::f64, Order::nchw);

@@ -44,8 +44,8 @@ Features features(const VggTrunk& trunk, const Trunk& weights, const Images& x, 
   call.batch = n;
   call.height = x.height;
   call.width = x.width;
-  const std::vector<Map> shapes = weights.maps(Map{x.height, x.width, 3, Values(x.height * x.width * 3)}, 1);
-  for (const Map& m : shapes) out.maps.emplace_back(static_cast<size_t>(n * m.h * m.w * m.channels), NAN);
+  for (const Map& m : weights.shapes(x.height, x.width))
+    out.maps.emplace_back(static_cast<size_t>(n * m.h * m.w * m.channels), NAN);
   std::vector<std::vector<uint16_t>> halves;
   const bool half = trunk.algorithm == VggAlgorithm::bf16;
   for (size_t t = 0; t < out.maps.size(); ++t) {

@@ -61,6 +61,11 @@ inline Map convolve(const Map& x, int64_t n, const Tensor& weight, const Tensor*
                     bool transposed = false) {
   const int64_t from = transposed ? out : in, to = transposed ? in : out;
   Map y{x.h, x.w, to, Values(static_cast<size_t>(n * x.h * x.w * to))};
+  Values weights(static_cast<size_t>(9 * in * out));  // [9, from, to]
+  for (int64_t i = 0; i < 9 * in * out; ++i) {
+    const int64_t k = i / (9 * in), c = i / 9 % in, tap = i % 9;
+    weights[transposed ? ((8 - tap) * out + k) * in + c : (tap * in + c) * out + k] = weight.at(i);
+  }
   for (int64_t p = 0; p < n * x.h * x.w; ++p) {
     const int64_t row = p / x.w % x.h, column = p % x.w;
     double* const sums = y.at.data() + p * to;
@@ -70,10 +75,8 @@ inline Map convolve(const Map& x, int64_t n, const Tensor& weight, const Tensor*
       if (row + dy < 0 || row + dy >= x.h || column + dx < 0 || column + dx >= x.w) continue;
       const double* const values = x.at.data() + (p + dy * x.w + dx) * from;
       for (int64_t c = 0; c < from; ++c) {
-        for (int64_t k = 0; k < to; ++k) {
-          const int64_t at = transposed ? (c * in + k) * 9 + 8 - tap : (k * in + c) * 9 + tap;
-          sums[k] += values[c] * weight.at(at);
-        }
+        const double* const row = weights.data() + (tap * from + c) * to;
+        for (int64_t k = 0; k < to; ++k) sums[k] += values[c] * row[k];
       }
     }
   }
@@ -161,6 +164,21 @@ struct Trunk {
     std::vector<Map> after, before, tapped;
     forward(image, n, after, before);
     for (int32_t t : taps) tapped.push_back(t % 2 == 1 ? after[t / 2] : before[t / 2]);
+    return tapped;
+  }
+
+  // Sizes of the maps at the taps, without values.
+  std::vector<Map> shapes(int64_t height, int64_t width) const {
+    std::vector<Map> tapped;
+    int64_t channels = 3;
+    for (size_t i = 0; i < layers.size(); ++i) {
+      height /= layers[i] == 0 ? 2 : 1;
+      width /= layers[i] == 0 ? 2 : 1;
+      channels = layers[i] == 0 ? channels : layers[i];
+      for (int32_t t : taps) {
+        if (t / 2 == static_cast<int32_t>(i)) tapped.push_back({height, width, channels, {}});
+      }
+    }
     return tapped;
   }
 

@@ -17,27 +17,6 @@ struct Bytes {
   }
 };
 
-struct Sizes3 {
-  int64_t h, w, c;
-};
-
-std::vector<Sizes3> maps_of(const Trunk& trunk, int64_t height, int64_t width) {
-  std::vector<Sizes3> maps;
-  int64_t channels = 3;
-  for (size_t i = 0; i < trunk.layers.size(); ++i) {
-    if (trunk.layers[i] == 0) {
-      height /= 2;
-      width /= 2;
-    } else {
-      channels = trunk.layers[i];
-    }
-    for (int32_t tap : trunk.taps) {
-      if (tap / 2 == static_cast<int32_t>(i)) maps.push_back({height, width, channels});
-    }
-  }
-  return maps;
-}
-
 Trunk random_trunk(Bytes& bytes, int64_t& smallest) {
   std::vector<int64_t> layers{16 * (1 + bytes.next(3))};
   const int more = bytes.next(5);
@@ -65,8 +44,8 @@ struct Results {
   bool operator==(const Results&) const = default;
 };
 
-void run(const VggTrunk& trunk, const std::vector<Sizes3>& sizes, const Images& x, const Images& y,
-         PerceptualForward call, bool cached, int64_t first, int64_t n, ParallelFor parallel, Results& out) {
+void run(const VggTrunk& trunk, const std::vector<Map>& sizes, const Images& x, const Images& y, PerceptualForward call,
+         bool cached, int64_t first, int64_t n, ParallelFor parallel, Results& out) {
   const auto images = [&](const Images& from) {
     VggImage image = from.image;
     const int64_t element = image.uint8 ? 1 : bytes_of(image.dtype);
@@ -82,7 +61,7 @@ void run(const VggTrunk& trunk, const std::vector<Sizes3>& sizes, const Images& 
   features.width = back.width = call.width = x.width;
   out.maps.clear();
   // bf16 maps take half of the memory.
-  for (const Sizes3& s : sizes) out.maps.emplace_back(static_cast<size_t>(n * s.h * s.w * s.c), 0.0f);
+  for (const Map& s : sizes) out.maps.emplace_back(static_cast<size_t>(n * s.h * s.w * s.channels), 0.0f);
   for (size_t t = 0; t < sizes.size(); ++t) features.map[t] = out.maps[t].data();
   if (cached) {
     features.image = images(y);
@@ -121,7 +100,7 @@ void check(Bytes bytes) {
     return Images(n, h, w, static_cast<uint64_t>(bytes.next(256)), dtype, !gradient && bytes.next(2) != 0);
   };
   const Images x = images(true), y = images(false);
-  const std::vector<Sizes3> sizes = maps_of(weights, h, w);
+  const std::vector<Map> sizes = weights.shapes(h, w);
   const std::vector<float> lin(64, 0.5f);
   PerceptualForward call{};
   call.heads = 1 + bytes.next(4);
