@@ -15,7 +15,7 @@ pytest.importorskip("tqdm")
 image = pytest.importorskip("matplotlib.image")
 
 from vaeops import cli  # noqa: E402
-from vaeops.train import data, workshop_vq  # noqa: E402
+from vaeops.train import data, workshop_celeba, workshop_vq  # noqa: E402
 
 ROOT = Path(os.environ.get("VAEOPS_DATA", "data"))
 needs_mnist = pytest.mark.skipif(
@@ -48,7 +48,7 @@ def test_mnist_says_what_is_missing_or_wrong(tmp_path):
 
 
 def celeba_files(sizes):
-    """CelebA's layout: one grey image of each size, the last one of the validation split."""
+    """CelebA's layout: one grey image of each (width, height), the last one of the validation split."""
     image = pytest.importorskip("PIL.Image")
     files, lines = {}, []
     for i, size in enumerate(sizes):
@@ -101,11 +101,30 @@ def test_train_command_on_digits(tmp_path, capsys):
         assert image.imread(tmp_path / name)[..., :3].std() > 0.05
 
 
+def test_train_command_on_faces(tmp_path, capsys):
+    write(celeba_files([(64, 64)] * 8), tmp_path)
+    options = ["--steps", str(workshop_celeba.TAIL), "--batch", "2", "--out", str(tmp_path)]
+    assert cli.main(["train", "workshop-celeba", "--data", str(tmp_path), *options]) == 0
+    printed = capsys.readouterr().out
+    for arm in workshop_celeba.ARMS:
+        assert re.search(rf"^{arm} +loss +\d+\.\d+ -> +\d+\.\d+ +\d+\.\d images/s", printed, re.M)
+    first = re.search(r"first 10 losses within (\S+),", printed)
+    assert first is not None and float(first[1]) < 1e-3
+    assert image.imread(tmp_path / workshop_celeba.PICTURE)[..., :3].std() > 0.05
+
+
 def test_train_command_refuses(tmp_path, capsys):
     assert cli.main(["train", "nothing"]) == 2
     with pytest.raises(SystemExit):
         cli.main(["train", "workshop-vq", "--data", "mnist", "--root", str(tmp_path)])
     assert "there is no train-images-idx3-ubyte.gz" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train", "workshop-celeba", "--data", str(tmp_path / "celeba.tar")])
+    assert "there is no" in capsys.readouterr().err
+    write(celeba_files([(6, 4)] * 3), tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["train", "workshop-celeba", "--data", str(tmp_path)])
+    assert "the images must be 64x64" in capsys.readouterr().err
 
 
 @needs_mnist
