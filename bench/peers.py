@@ -11,6 +11,8 @@ import importlib.util
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import nn
@@ -46,8 +48,19 @@ def lpips():
 
 
 def lpips_module(**options) -> nn.Module:
-    """`lpips.LPIPS` with a random trunk, drawn from torch's generator."""
-    package = lpips()
-    with warnings.catch_warnings():
+    """`lpips.LPIPS` with a random trunk, from torch's generator; VGG without its huge classifier."""
+    package, models = lpips(), torchvision().models
+    features = SimpleNamespace(vgg16=_vgg16, alexnet=models.alexnet, squeezenet1_1=models.squeezenet1_1)
+    with warnings.catch_warnings(), mock.patch.object(package.pretrained_networks, "tv", features):
         warnings.simplefilter("ignore")  # of torchvision, about arguments that the package uses
         return package.LPIPS(pnet_rand=True, verbose=False, **options)
+
+
+def _vgg16(pretrained: bool) -> SimpleNamespace:
+    vgg = torchvision().models.vgg
+    features = vgg.make_layers(vgg.cfgs["D"])
+    for layer in features:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.uniform_(layer.bias, -0.2, 0.2)
+    return SimpleNamespace(features=features)

@@ -35,7 +35,7 @@ class Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.model[1].weight
+        return self.model.get_parameter("1.weight")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -69,9 +69,9 @@ class LPIPS(nn.Module):
         with retPerLayer also the list of each layer's part. normalize: images are in [0, 1]. fp32, also under
         autocast. Gradients to in0, in1, or both.
 
-    State: `lin0.model.1.weight`, ... and the same as `lins.0.model.1.weight`. A frozen VGG is not in it, and no
-    parameter: nothing to save or to broadcast. State_dicts of the package load with strict=True; their net
-    becomes the trunk.
+    State: `lin0.model.1.weight`, ... and the same as `lins.0.model.1.weight`. A frozen VGG is not in it,
+    nor a parameter: nothing to save or to broadcast; the other nets are. State_dicts of the package load with
+    strict=True; their net becomes the trunk.
 
     Where it differs from the package, on purpose:
         - use_dropout=False loads the linear layers; the package looks for them under another name, and goes
@@ -105,12 +105,13 @@ class LPIPS(nn.Module):
             print(f"Setting up [{kind}] perceptual loss: trunk [{net}], v[{version}], spatial [{spatial}]")
         self._set_trunk(trunk, trunk_path)
         if lpips:
-            self.lins = nn.ModuleList(Linear(c, use_dropout) for c in self.chns)
-            for i, layer in enumerate(self.lins):
+            layers = [Linear(c, use_dropout) for c in self.chns]
+            self.lins = nn.ModuleList(layers)
+            for i, layer in enumerate(layers):
                 setattr(self, f"lin{i}", layer)
             if pretrained:
                 source = version if model_path is None else model_path
-                for layer, weight in zip(self.lins, read_linear("LPIPS", source, self.chns, self._net)):
+                for layer, weight in zip(layers, read_linear("LPIPS", source, self.chns, self._net)):
                     layer.weight.data.copy_(weight.view_as(layer.weight))
             self.lins.requires_grad_(not eval_mode)
         self.train(not eval_mode)
@@ -138,8 +139,7 @@ class LPIPS(nn.Module):
             return
         weights = None
         if not self.pnet_rand:
-            path = self._cached() if path is None and given is None else path
-            weights = vgg_weights.from_file(path, "vgg16") if given is None else given
+            weights = vgg_weights.from_file(path or self._cached(), "vgg16") if given is None else given
         if composed:
             self.net = Slices(self._net)
             if weights is not None:
@@ -167,14 +167,21 @@ class LPIPS(nn.Module):
         if normalize:
             for name, image in (("in0", in0), ("in1", in1)):
                 if not image.is_floating_point():
-                    raise TypeError(f"LPIPS: {name} must be floating point for normalize=True, got {image.dtype}")
+                    raise TypeError(
+                        f"LPIPS: {name} must be floating point for normalize=True, got {image.dtype}"
+                    )
             in0, in1 = 2 * in0 - 1, 2 * in1 - 1
-        if in0.shape[1:] == in1.shape[1:] and in0.shape[0] != in1.shape[0] and 1 in (in0.shape[0], in1.shape[0]):
+        if (
+            in0.shape[1:] == in1.shape[1:]
+            and in0.shape[0] != in1.shape[0]
+            and 1 in (in0.shape[0], in1.shape[0])
+        ):
             batch = max(in0.shape[0], in1.shape[0])
             in0, in1 = in0.expand(batch, -1, -1, -1), in1.expand(batch, -1, -1, -1)
         frozen = isinstance(self.net, VGGTrunk) and not self._learning()
         if frozen and not (self.spatial or retPerLayer):
-            value = perceptual_loss(in0, in1, self.net, taps=LPIPS_TAPS, kind="lpips", lin=self._weights(),
+            lin = self._weights(in0.device)
+            value = perceptual_loss(in0, in1, self.net, taps=LPIPS_TAPS, kind="lpips", lin=lin,
                                     reduction="none", impl=self.impl)  # fmt: skip
             return value.view(-1, 1, 1, 1)
         maps0, maps1 = self._maps(in0), self._maps(in1)
@@ -182,7 +189,7 @@ class LPIPS(nn.Module):
         if self._learning():
             parts = [self._composed(lin, a, b, size) for lin, a, b in zip(self.lins, maps0, maps1)]
         else:
-            parts = layer_distances(maps0, maps1, self._weights(), size, self.impl)
+            parts = layer_distances(maps0, maps1, self._weights(in0.device), size, self.impl)
         parts = [p if self.spatial else p.view(-1, 1, 1, 1) for p in parts]
         value = torch.stack(parts).sum(0)
         return (value, parts) if retPerLayer else value
@@ -191,11 +198,10 @@ class LPIPS(nn.Module):
         """Whether the linear layers may get a gradient or drop something."""
         return self.lpips and not self.eval_mode
 
-    def _weights(self) -> list[Tensor]:
+    def _weights(self, device: torch.device) -> list[Tensor]:
         if not self.lpips:
-            like = self.net.cut(LPIPS_TAPS).weights[0] if isinstance(self.net, VGGTrunk) else next(self.net.parameters())
-            return [like.new_ones(c) for c in self.chns]
-        return [layer.weight.detach().flatten() for layer in self.lins]
+            return [torch.ones(c, device=device) for c in self.chns]
+        return [layer.get_parameter("model.1.weight").detach().flatten() for layer in self.lins]
 
     def _maps(self, image: Tensor) -> list[Tensor]:
         if isinstance(self.net, VGGTrunk):
@@ -206,7 +212,7 @@ class LPIPS(nn.Module):
             if self.version == "0.1":
                 shift, scale = (image.new_tensor(v).view(3, 1, 1) for v in (SHIFT, SCALE))
                 image = (image - shift) / scale
-            return self.net(image)
+            return list(self.net(image))
 
     def _composed(self, lin: nn.Module, a: Tensor, b: Tensor, size: torch.Size | None) -> Tensor:
         """One layer's part with a gradient to its weights, and its dropout."""
@@ -218,31 +224,40 @@ class LPIPS(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                               error_msgs):  # fmt: skip
-        """Takes the package's state_dicts too, whole or of the linear layers alone, with and without dropout."""
+        """Takes the package's state_dicts too: with its net and constants, with and without dropout, or the
+        linear layers alone under one of their two names."""
         for name, value in (("shift", SHIFT), ("scale", SCALE)):
-            buffer = state_dict.pop(f"{prefix}scaling_layer.{name}", None)
-            if buffer is not None and not torch.allclose(buffer.flatten().cpu(), buffer.new_tensor(value).cpu()):
-                error_msgs.append(f"{prefix}scaling_layer.{name}: must be {value}, got {buffer.flatten().tolist()}")
-        for key in [k for k in state_dict if k.startswith((f"{prefix}lin", f"{prefix}lins.")) and ".model.0." in k]:
-            state_dict[key.replace(".model.0.", ".model.1.")] = state_dict.pop(key)
+            key = f"{prefix}scaling_layer.{name}"
+            found = state_dict.pop(key, torch.tensor(value)).flatten().tolist()
+            if any(abs(a - b) > 1e-6 for a, b in zip(found, value)):
+                error_msgs.append(f"{key}: must be {value}, got {found}")
         for i in range(self.L if self.lpips else 0):
-            one, other = f"{prefix}lin{i}.model.1.weight", f"{prefix}lins.{i}.model.1.weight"
-            if one in state_dict or other in state_dict:
-                state_dict.setdefault(one, state_dict.get(other))
-                state_dict.setdefault(other, state_dict[one])
-        net = f"{prefix}net."
-        if isinstance(self.net, VGGTrunk) and any(k.startswith(net) for k in state_dict):
-            keys = [k for k in state_dict if k.startswith(net)]
-            weights = {f"features.{k[len(net) :].partition('.')[2]}": state_dict.pop(k) for k in keys}
-            old = self.net
-            try:
-                self.net = VGGTrunk.from_state_dict(
-                    weights, "vgg16", input_range=old.input_range, normalize=old.normalize,
-                    precision=old.precision, winograd=old.winograd).to(old.device)  # fmt: skip
-            except ValueError as error:
-                error_msgs.append(str(error))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
-                                      error_msgs)  # fmt: skip
+            names = [
+                f"{prefix}{layer}.model.{at}.weight" for at in (1, 0) for layer in (f"lin{i}", f"lins.{i}")
+            ]
+            given = [state_dict.pop(name) for name in names if name in state_dict]
+            state_dict.update({name: given[0] for name in names[:2] if given})
+        if isinstance(self.net, VGGTrunk):
+            self._load_trunk(state_dict, f"{prefix}net.", error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys,
+                                      unexpected_keys, error_msgs)  # fmt: skip
+
+    def _load_trunk(self, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+        """A trunk of the entries `slice1.0.weight`, ..., where there are any; takes them out."""
+        keys = [k for k in state_dict if k.startswith(prefix)]
+        if not keys:
+            return
+        old = self.net
+        assert isinstance(old, VGGTrunk)
+        weights = {k.removeprefix(prefix).partition(".")[2]: state_dict.pop(k) for k in keys}
+        try:
+            new = VGGTrunk.from_state_dict(weights, "vgg16", input_range=old.input_range,
+                                           normalize=old.normalize, precision=old.precision,
+                                           winograd=old.winograd)  # fmt: skip
+        except ValueError as error:
+            error_msgs.append(str(error))
+        else:
+            self.net = new.to(old.device, old.dtype)
 
 
 def _unit(x: Tensor) -> Tensor:

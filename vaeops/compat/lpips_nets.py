@@ -91,12 +91,11 @@ class Slices(nn.Module):
         return maps
 
     def load_features(self, weights: Mapping[str, Tensor]) -> None:
-        """From a state_dict of torchvision's whole net; its classifier is left out, anything else must fit."""
+        """From torchvision's state_dict of the whole net, less its classifier; anything else must fit."""
         given = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
         names = {f"features.{name.partition('.')[2]}": name for name in self.state_dict()}
         missing, extra = sorted(names.keys() - given.keys()), sorted(given.keys() - names.keys())
         if missing or extra:
-            raise ValueError(
-                f"LPIPS: not the weights of net {self.net!r}: missing {missing or 'none'}, unknown {extra or 'none'}"
-            )
+            missing_extra = f"missing {missing or 'none'}, unknown {extra or 'none'}"
+            raise ValueError(f"LPIPS: not the weights of net {self.net!r}: {missing_extra}")
         self.load_state_dict({names[k]: v for k, v in given.items()})

@@ -12,9 +12,9 @@ def adaptive_weight(nll_grad: Tensor, gan_grad: Tensor, discriminator_weight: fl
 
         weight = discriminator_weight * min(|nll_grad| / (|gan_grad| + eps), limit)
 
-    taming takes both gradients at the decoder's last layer, each by an autograd pass from its loss: for the
-    reconstruction through VGG, and once more in the step's own backward. `perceptual_loss(..., return_grad=True)`
-    has the gradient at the image already, so only the last layer is left to go through:
+    taming takes both gradients at the decoder's last layer, each by an autograd pass from its loss: that of
+    the reconstruction goes through VGG, and so does the step's own backward, once more. The gradient at the
+    image is there already with `perceptual_loss(..., return_grad=True)`, and only the last layer is left:
 
         perceptual, image_grad = vaeops.perceptual_loss(x, target, trunk, return_grad=True)
         l1 = (x - target).abs().mean()

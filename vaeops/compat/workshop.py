@@ -41,8 +41,8 @@ class HookPerceptualLoss(nn.Module):
         indices: into torchvision's `features`, ascending.
         bn: "batch" | "eval"; for an arch without batch norm only the default, which has no effect there.
         reduction: "sum" | "mean".
-        in_place: as above.
         trunk: the weights: a VGGTrunk, a state_dict of torchvision's net, or the path of a file.
+        in_place: as above.
         impl: as in `vaeops.perceptual_loss`.
 
     Shapes: x_recon, x [B, 3, H, W] -> []. x may be what `encode` made of it. The target takes part in the
@@ -54,8 +54,8 @@ class HookPerceptualLoss(nn.Module):
     """
 
     def __init__(self, arch: str = "vgg16_bn", indices: Sequence[int] = (5, 15), bn: str = "batch",
-                 reduction: str = "sum", *, in_place: bool = True,
-                 trunk: VGGTrunk | Mapping[str, Tensor] | str | Path, impl: str | None = None) -> None:  # fmt: skip
+                 reduction: str = "sum", *, trunk: VGGTrunk | Mapping[str, Tensor] | str | Path,
+                 in_place: bool = True, impl: str | None = None) -> None:  # fmt: skip
         super().__init__()
         if bn not in STATISTICS:
             raise ValueError(f"HookPerceptualLoss: bn must be one of {tuple(STATISTICS)}, got {bn!r}")
@@ -81,7 +81,9 @@ class HookPerceptualLoss(nn.Module):
         return self.trunk.encode(x, self.taps)
 
     def forward(self, x_recon: Tensor, x: Tensor | TargetCache) -> Tensor:
-        return perceptual_loss(x_recon, x, self.trunk, taps=self.taps, reduction=self.reduction, impl=self.impl)
+        return perceptual_loss(
+            x_recon, x, self.trunk, taps=self.taps, reduction=self.reduction, impl=self.impl
+        )
 
 
 def _after_relu(arch: str, index: int) -> int:

@@ -1,4 +1,4 @@
-"""Sequences of CUDA kernels captured once and replayed: on small images launching them costs more than running."""
+"""Calls captured as CUDA graphs and replayed: of small images, launching costs more than computing."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ SHAPES = 8  # captured at a time; each holds memory of its own
 
 
 class _Capture:
-    """One call with static inputs and outputs. `function` is held: its graph reads tensors that it closes over."""
+    """One call with static inputs and outputs. It holds `function`, whose tensors the graph reads."""
 
     def __init__(self, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> None:
         self.function = function
@@ -35,7 +35,7 @@ class _Capture:
 
 
 class Captured:
-    """`captured(key, function, *inputs)` is function(*inputs) without autograd, replayed from its second call on.
+    """`captured(key, function, *inputs)` is function(*inputs) without autograd, captured once, then replayed.
 
     The function must be pure, and the same for equal keys; a call with new shapes, dtypes or device captures
     anew, and the least recently used of more than SHAPES is dropped. Copies and pickles start empty.
@@ -50,7 +50,9 @@ class Captured:
         return not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
 
     @torch.no_grad()
-    def __call__(self, key: Hashable, function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> list[Tensor]:
+    def __call__(
+        self, key: Hashable, function: Callable[..., Sequence[Tensor]], *inputs: Tensor
+    ) -> list[Tensor]:
         key = (key, *((t.shape, t.dtype, t.device) for t in inputs))
         with torch.cuda.device(inputs[0].device):
             capture = self._captures.pop(key, None) or _Capture(function, inputs)

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from ..ops.perceptual import TargetCache, Term, feature_distance, perceptual_los
 from ._graph import Captured, attached
 from .vgg import VGGTrunk
 
+TAPS = ("relu2_1", "relu3_3")
 LPIPS_TAPS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
 STYLE_TAPS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")
 VERSIONS = ("0.1", "0.0")
@@ -41,7 +43,7 @@ class PerceptualLoss(nn.Module):
     nothing in the state_dict. `.train()` changes nothing, `.half()` and `.bfloat16()` leave them fp32.
     """
 
-    def __init__(self, trunk: VGGTrunk, *, taps: Sequence[str | int] = ("relu2_1", "relu3_3"), kind: str = "mse",
+    def __init__(self, trunk: VGGTrunk, *, taps: Sequence[str | int] = TAPS, kind: str = "mse",
                  weights: Sequence[float] | None = None, lin: Sequence[Tensor] | None = None,
                  terms: Sequence[Term] | None = None, reduction: str = "mean", cuda_graph: bool = False,
                  impl: str | None = None) -> None:  # fmt: skip
@@ -63,7 +65,7 @@ class PerceptualLoss(nn.Module):
         """The target's features, without a graph: for a target that is compared with more than once."""
         return self.trunk.encode(target, self.taps)
 
-    def forward(self, x: Tensor, target: Tensor | TargetCache) -> Tensor:
+    def forward(self, x: Tensor, target: Tensor | TargetCache) -> Any:
         return self._loss(x, target, self.reduction)
 
     def extra_repr(self) -> str:
@@ -79,7 +81,9 @@ class PerceptualLoss(nn.Module):
                 return self._replayed(self.captured, x, target, reduction)
         return perceptual_loss(x, target, self.trunk, terms=self.terms, reduction=reduction, impl=self.impl)
 
-    def _replayed(self, captured: Captured, x: Tensor, target: Tensor | TargetCache, reduction: str) -> Tensor:
+    def _replayed(
+        self, captured: Captured, x: Tensor, target: Tensor | TargetCache, reduction: str
+    ) -> Tensor:
         needs_target = isinstance(target, Tensor) and target.requires_grad and torch.is_grad_enabled()
         needs_x = x.requires_grad and torch.is_grad_enabled()
         if needs_target and needs_x:
@@ -131,12 +135,12 @@ class LPIPS(PerceptualLoss):
 
     Args:
         trunk: a VGGTrunk of VGG16, with the input range of your images. The weights of version "0.1" were
-            fitted with normalize="imagenet", those of "0.0" with normalize=None and input_range=(-1, 1): a
-            trunk that differs is an error.
-        lin: the linear layers: "0.1" or "0.0" of the installed lpips package (which is not imported); the path
-            of such a file; tensors [K], one a tap; or None: all ones.
+            fitted with normalize="imagenet", those of "0.0" with normalize=None and input_range=(-1, 1);
+            asked for by name, they refuse another trunk.
+        lin: the linear layers: "0.1" or "0.0" of the installed lpips package (which is not imported); the
+            path of such a file; tensors [K], one a tap; or None: all ones.
         taps: the maps that are compared.
-        spatial: the distances of the pixels, each tap's upsampled to H x W (bilinear), instead of their mean.
+        spatial: each pixel's distance instead of their mean, each tap's upsampled to H x W (bilinear).
         reduction: "none" | "mean" | "sum", of the values [B]. Each image's distance stays the mean over its
             pixels whatever the reduction.
         cuda_graph: as in `PerceptualLoss`; not with spatial or per_layer.
@@ -169,24 +173,23 @@ class LPIPS(PerceptualLoss):
                          impl=impl)  # fmt: skip
         self.spatial = spatial
 
-    def forward(self, x: Tensor, target: Tensor | TargetCache, per_layer: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, target: Tensor | TargetCache, per_layer: bool = False) -> Any:
         if not (self.spatial or per_layer):
             return self._reduced(self._loss(x, target, "none"))
         if self.captured is not None:
             raise ValueError("LPIPS: cuda_graph=True is for the plain value, not for per_layer=True")
         ours = self.trunk.features(x, self.taps)
-        if isinstance(target, TargetCache):
-            theirs = target.maps
-        else:
-            theirs = self.trunk.features(target, self.taps)
+        theirs = self.trunk.features(target, self.taps) if isinstance(target, Tensor) else target.maps
         size = x.shape[2:] if self.spatial else None
-        parts = layer_distances(ours, theirs, self.terms[0].lin, size, self.impl)
+        parts = layer_distances(ours, theirs, self.terms[0].lin or (), size, self.impl)
         parts = [self._reduced(p) for p in parts]
         value = torch.stack(parts).sum(0)
         return (value, parts) if per_layer else value
 
     def _reduced(self, value: Tensor) -> Tensor:
-        return value if self.reduction == "none" else value.mean() if self.reduction == "mean" else value.sum()
+        return (
+            value if self.reduction == "none" else value.mean() if self.reduction == "mean" else value.sum()
+        )
 
 
 def layer_distances(ours: Sequence[Tensor], theirs: Sequence[Tensor], lin: Sequence[Tensor],
