@@ -56,13 +56,16 @@ def cotangents(outputs: tuple, inputs: Inputs) -> list[Tensor]:
     return [inputs.grad_z, *(torch.full_like(other, 0.5) for other in outputs[1:2])]
 
 
-def our_impls(device: torch.device) -> list[tuple[str, str | None]]:
-    """(row name, impl=) of our implementations, first the one that serves the device, which is not forced."""
+def our_impls(device: torch.device, op: str | None = None) -> list[tuple[str, str | None]]:
+    """(row name, impl=) of our implementations, first the one that serves the device, which is not forced.
+
+    op: a low-level op, where not all ops have the same.
+    """
     from vaeops.ops._library import serving, why_not
 
-    best = serving(device.type)
+    best = serving(device.type, op)
     names = [best] + [
-        i for i in ("cuda", "triton") if device.type == "cuda" and i != best and not why_not(i, "cuda")
+        i for i in ("cuda", "triton") if device.type == "cuda" and i != best and not why_not(i, "cuda", op)
     ]
     return [(f"vaeops ({name})", None if name == best else name) for name in names]
 

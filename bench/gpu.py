@@ -116,7 +116,7 @@ def stages(out: Path, family: str | None) -> list[Stage]:
     sweep = [python, "bench/sweep.py", "--out", str(out / "sweep.csv"), *case]
     return [
         Stage("build", 150, install, no_gpu or no_compiler, environment=building),
-        Stage("test", 120, tests, no_gpu, _tests_refused),
+        Stage("test", 180, tests, no_gpu, _tests_refused),
         Stage("benchmark", 220, benchmark, no_gpu),
         sanitize("memcheck"),
         sanitize("racecheck"),

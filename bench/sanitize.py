@@ -77,7 +77,28 @@ def vq(impl: str) -> None:
         vaeops.vq_lookup(vaeops.vq_assign(x, codebook, impl=impl), codebook, impl=impl).sum().backward()
 
 
-FAMILIES = {"rng": rng, "gaussian": gaussian, "vq": vq}
+def perceptual(impl: str) -> None:
+    """Every distance, taps on both sides of a ReLU and behind a pool, layers of each kernel, odd sizes."""
+    taps = ("conv1_1", "relu2_1", "pool2", "relu3_2")
+    lin = [torch.rand(k, device=DEVICE) for k in (64, 128, 128, 256)]
+    for (height, width), precision, dtype in zip(
+        ((4, 4), (17, 40), (33, 21)), ("fp32", "bf16", "fp32"), (torch.float32, torch.bfloat16, torch.float16)
+    ):
+        trunk = vaeops.VGGTrunk.random("vgg11", seed=0, precision=precision).to(DEVICE)
+        x = torch.randn(3, 3, height, width, device=DEVICE).to(dtype).requires_grad_()
+        target = torch.randint(0, 256, x.shape, device=DEVICE, dtype=torch.uint8)
+        terms = [vaeops.Term(kind, taps[:2]) for kind in ("mse", "l1", "smooth_l1", "gram")]
+        terms.append(vaeops.Term("lpips", taps, lin=lin))
+        vaeops.perceptual_loss(x, target, trunk, terms=terms, impl=impl).backward()
+        image = torch.randn_like(x, requires_grad=True)
+        vaeops.perceptual_loss(x, image, trunk, taps=taps, impl=impl).backward()
+        a, b = (t.transpose(2, 3).repeat(1, 13, 1, 1) for t in (x, image))
+        options = {"kind": "lpips", "lin": torch.rand(39, device=DEVICE), "spatial": True, "impl": impl}
+        vaeops.feature_distance(a, b, **options).float().sum().backward()
+
+
+FAMILIES = {"rng": rng, "gaussian": gaussian, "vq": vq, "perceptual": perceptual}
+WITHOUT_CUDA = {"perceptual": "perceptual_fwd"}  # one of the family's ops, none of which has a CUDA kernel
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for impl in ("cuda", "triton"):
         for name, family in FAMILIES.items():
-            if args.case in (None, name) and why_not(impl, DEVICE) is None:
+            if args.case in (None, name) and why_not(impl, DEVICE, WITHOUT_CUDA.get(name)) is None:
                 family(impl)
                 torch.cuda.synchronize()
                 print(f"{name} {impl}: done")

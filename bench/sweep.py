@@ -39,6 +39,8 @@ CASES = [
     "vq/16384x8192x64",
     "vq/16384x8192x256",
     "vq/16384x16384x8",
+    "perceptual/64x64x64",
+    "perceptual/1x256x256",
 ]
 FIELDS = (
     "commit", "versions", "machine", "date", "case", "direction", "settings", "present", "median_us",
@@ -61,6 +63,11 @@ def hook(case: Case) -> Hook:
         return Hook(
             module, present, [(n, present[1], w) for n, w in itertools.product((64, 128, 256), WARPS)]
         )
+    if case.family == "perceptual":  # of the convolutions that Triton makes, see its settings
+        module = importlib.import_module("vaeops.kernels.perceptual.conv")
+        present = module.settings(torch.bfloat16)  # type: ignore[attr-defined]
+        tiles = itertools.product(((8, 8), (8, 16), (16, 16)), (64, 128), WARPS)
+        return Hook(module, present, [(*tile, out, present[3], w, present[5]) for tile, out, w in tiles])
     module = importlib.import_module("vaeops.kernels._layout")  # (elements of a tile, warps)
     return Hook(module, module.settings(case.dtype), list(itertools.product((512, 1024, 2048, 4096), WARPS)))
 
@@ -71,7 +78,8 @@ def use(module: ModuleType, settings: Callable) -> None:
 
 
 def triton_row(case: Case, device: torch.device) -> Row:
-    return next(row for row in case.rows(device, compiled=False) if row.name == "vaeops (triton)")
+    wanted = "vaeops, bf16" if case.family == "perceptual" else "vaeops (triton)"
+    return next(row for row in case.rows(device, compiled=False) if row.name == wanted)
 
 
 def sweep(case: Case, device: torch.device, rounds: int) -> list[dict]:

@@ -263,12 +263,19 @@ def test_launchers_take_the_settings_that_the_sweep_puts_in_place():
         case = sweep.select(["vq/16384x8192x256"])[0]
         use = sweep.hook(case)
         assert use.present in use.candidates and use.module is assign
+        from vaeops.kernels.perceptual import conv
+        plain = conv.settings
+        sweep.use(conv, lambda *a: asked.append(a) or plain(*a))
+        net, x = vaeops.VGGTrunk.random("vgg11", seed=0), torch.zeros(1, 3, 4, 4)
+        vaeops.perceptual_loss(x, x, net, taps=("relu1_1",), impl="triton")
+        use = sweep.hook(sweep.select(["perceptual/64x64x64"])[0])
+        assert use.present in use.candidates and use.module is conv
         print(len(asked))"""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert done.stdout.strip() == "5", done.stdout + done.stderr
+    assert done.stdout.strip() == "7", done.stdout + done.stderr
 
 
 def test_what_the_sanitizer_watches_runs(bench, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,22 @@ def worker(rank, world, path):
     results["lucidrains residual"] = others(
         lucidrains.ResidualVQ(dim=DIM, num_quantizers=2, codebook_size=8), rank
     )
+    results["lucidrains dropout"] = others(
+        lucidrains.ResidualVQ(dim=DIM, num_quantizers=6, codebook_size=8, quantize_dropout=True), rank
+    )
+    results["lucidrains first"] = others(
+        lucidrains.VectorQuantize(DIM, 8, kmeans_init=True, sync_kmeans=False), rank
+    )
+    results["lucidrains affine"] = others(
+        lucidrains.VectorQuantize(DIM, 8, affine_param=True, sync_affine_param=True), rank
+    )
+    in_place = partial(torch.optim.SGD, lr=0.1)
+    results["lucidrains in place"] = others(
+        lucidrains.VectorQuantize(
+            DIM, 8, learnable_codebook=True, ema_update=False, in_place_codebook_optimizer=in_place
+        ),
+        rank,
+    )
     results["local"] = others(lucidrains.VectorQuantize(DIM, 8, sync_codebook=False), rank)
     results["audiocraft"] = others(audiocraft.EuclideanCodebook(DIM, 8, kmeans_init=True), rank)
     torch.save(results, f"{path}/{rank}.pt")
@@ -228,7 +245,11 @@ def test_collectives_compile(results):
         assert_equal(rank["compiled"][-1], rank["revive", "bitwise"][-1])
 
 
-@pytest.mark.parametrize("name", ["ddp", "absent", "lucidrains", "lucidrains residual", "audiocraft"])
+@pytest.mark.parametrize(
+    "name",
+    ["ddp", "absent", "lucidrains", "lucidrains residual", "lucidrains dropout", "lucidrains first",
+     "lucidrains affine", "lucidrains in place", "audiocraft"],
+)  # fmt: skip
 def test_other_layers_agree_on_all_processes(results, name):
     _, ranks = results
     for rank in ranks[1:]:

@@ -93,7 +93,8 @@ def test_imports_keep_to_their_layers():
         assert not re.search(r"^\s*(from|import) (bench|tests)\b", text, re.M), path
         if "ref" in path.parts:
             found = re.findall(r"^\s*(?:from|import) ([\w.]+)", text, re.M)
-            assert set(found) <= {"torch", "math", "typing", ".", "collections.abc"}, (path, found)
+            allowed = {"torch", "torch.nn.functional", "math", "typing", ".", "collections.abc"}
+            assert set(found) <= allowed, (path, found)
         if "kernels" in path.parts:
             assert "vaeops.ops" not in text and "from ..ops" not in text and "from ...ops" not in text, path
 
@@ -116,12 +117,13 @@ def test_import_starts_no_cuda_and_imports_no_triton():
     python("import sys, torch; before = set(sys.modules);" + code)
 
 
-def test_import_costs_less_than_100_ms_over_torch():
+def test_import_costs_less_than_100_ms_over_torch(tmp_path):
     code = (
         "import torch, time; t = time.perf_counter(); import vaeops; print((time.perf_counter() - t) * 1e3)"
     )
-    python("import vaeops")  # compiles the bytecode
-    assert min(float(python(code)) for _ in range(5)) < 100
+    cache = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    python("import vaeops", **cache)  # compiles the bytecode
+    assert min(float(python(code, **cache)) for _ in range(5)) < 100
 
 
 def test_works_in_forked_loader_workers():

@@ -125,7 +125,9 @@ class LossCase:
         def loss(trunk: vaeops.VGGTrunk, impl: str | None = None) -> Callable[..., tuple]:
             return lambda x, target: (vaeops.perceptual_loss(x, target, trunk, taps=TAPS, impl=impl),)
 
-        rows += [Row(name, loss(trunk, impl), ours=True) for name, impl in our_impls(device)]
+        rows += [
+            Row(name, loss(trunk, impl), ours=True) for name, impl in our_impls(device, "perceptual_fwd")
+        ]
         rows.append(Row(BF16, loss(_trunk("vgg16", "bf16", device)), ours=True))
         rows.append(Row(CACHED, _Cached(trunk), ours=True))
         return rows
@@ -142,7 +144,8 @@ class LossCase:
         loss = row.call(x, target)[0]
         (gradient,) = torch.autograd.grad(loss, x)
         exact_loss, exact_gradient = self.exact(x, target)
-        allowed = HALF if "bf16" in row.name else FP32
+        tf32 = x.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"  # PyTorch's default
+        allowed = HALF if tf32 or "bf16" in row.name else FP32
         return {
             "loss": _relative(loss.detach(), exact_loss) / allowed["loss"],
             "gradient": _relative(gradient, exact_gradient) / allowed["gradient"],
@@ -172,7 +175,7 @@ class WorkshopCase(LossCase):
         ours = vaeops.compat.workshop.HookPerceptualLoss(_trunk("vgg16_bn", "fp32", device), bn="batch")
         return [
             Row("workshop", _literal_workshop(device)),
-            Row(our_impls(device)[0][0], lambda x, target: (ours(x, target),), ours=True),
+            Row(our_impls(device, "perceptual_fwd")[0][0], lambda x, target: (ours(x, target),), ours=True),
         ]
 
     def exact(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,7 +228,10 @@ class LPIPSCase(LossCase):
         if importlib.util.find_spec("lpips"):
             package = _lpips_package(device)
             rows.append(Row("lpips", lambda x, target: (package(x, target).mean(),)))
-        return [*rows, Row(our_impls(device)[0][0], lambda x, target: (ours(x, target),), ours=True)]
+        return [
+            *rows,
+            Row(our_impls(device, "perceptual_fwd")[0][0], lambda x, target: (ours(x, target),), ours=True),
+        ]
 
     def exact(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         x = x.detach().double().requires_grad_()

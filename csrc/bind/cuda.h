@@ -14,18 +14,28 @@ namespace vaeops::bind {
 #define VAEOPS_DEVICE CUDA
 #define VAEOPS_OVERLOAD ".cuda"
 
-// Zeroed tickets of one stream, which every launch leaves zeroed. Never freed: a static destructor would run after
-// CUDA's.
-inline Tensor stream_tickets(const Tensor& like, cudaStream_t stream) {
-  static auto& cache = *new std::map<std::pair<int32_t, cudaStream_t>, Tensor>;
+inline void succeed(int error) { STD_TORCH_CHECK(error == 0, "vaeops: CUDA: ", cuda::error_string(error)); }
+
+// Zeroed tickets of one stream of the current device, which every launch leaves zeroed. Not torch's memory: the caller
+// may be allocating from a pool that ends with the call, as when torch.compile warms up a CUDA graph. Never freed: a
+// static destructor would run after CUDA's.
+inline uint32_t* stream_tickets(int32_t device, cudaStream_t stream) {
+  static auto& cache = *new std::map<std::pair<int32_t, cudaStream_t>, void*>;
   static auto& mutex = *new std::mutex;
   const std::lock_guard<std::mutex> lock(mutex);
-  Tensor& tickets = cache[{like.get_device_index(), stream}];
-  if (!tickets.defined()) {
-    const int64_t size[1] = {cuda::kTickets};
-    tickets = torch::stable::new_zeros(like, IntHeaderOnlyArrayRef(size, 1), ScalarType::Int);
+  void*& tickets = cache[{device, stream}];
+  if (tickets == nullptr) {
+    constexpr size_t kBytes = cuda::kTickets * sizeof(uint32_t);
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // other threads may be capturing
+    succeed(cudaThreadExchangeStreamCaptureMode(&mode));
+    void* fresh = nullptr;
+    int error = cudaMalloc(&fresh, kBytes);
+    if (error == 0) error = cudaMemsetAsync(fresh, 0, kBytes, stream);
+    succeed(cudaThreadExchangeStreamCaptureMode(&mode));
+    succeed(error);
+    tickets = fresh;
   }
-  return tickets;
+  return static_cast<uint32_t*>(tickets);
 }
 
 class Device {
@@ -85,23 +95,21 @@ class Device {
   }
 
  private:
-  static void succeed(int error) { STD_TORCH_CHECK(error == 0, "vaeops: CUDA: ", cuda::error_string(error)); }
-
   template <class Launch>
   void launch(int64_t bytes, Launch&& run) const {
     if (bytes == 0) return succeed(run(cuda::Scratch{}));
     const int64_t words[1] = {(bytes + 7) / 8};
     const Tensor partials = empty(like_, words, 1, ScalarType::Long);
-    succeed(run(cuda::Scratch{partials.mutable_data_ptr(), static_cast<uint32_t*>(tickets().mutable_data_ptr())}));
-  }
-
-  // A graph may be replayed on any stream, beside eager work on the one it was captured on: it gets tickets of its own.
-  Tensor tickets() const {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     succeed(cudaStreamIsCapturing(stream_, &status));
-    if (status == cudaStreamCaptureStatusNone) return stream_tickets(like_, stream_);
+    if (status == cudaStreamCaptureStatusNone) {
+      uint32_t* tickets = stream_tickets(like_.get_device_index(), stream_);
+      return succeed(run(cuda::Scratch{partials.mutable_data_ptr(), tickets}));
+    }
+    // A graph may be replayed on any stream, beside eager work on the one it was captured on: tickets of its own.
     const int64_t size[1] = {cuda::kTickets};
-    return torch::stable::new_zeros(like_, IntHeaderOnlyArrayRef(size, 1), ScalarType::Int);
+    const Tensor tickets = torch::stable::new_zeros(like_, IntHeaderOnlyArrayRef(size, 1), ScalarType::Int);
+    succeed(run(cuda::Scratch{partials.mutable_data_ptr(), static_cast<uint32_t*>(tickets.mutable_data_ptr())}));
   }
 
   Tensor like_;

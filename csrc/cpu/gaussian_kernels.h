@@ -98,15 +98,15 @@ VAEOPS_INLINE void forward_block(const ForwardTile<T>& t, int64_t i, const Optio
 
 template <bool kPlain, class T>
 static void forward_tile(const ForwardTile<T>& t, const Options& o) {
-  const Philox philox(t.noise.key);
+  Normals normals;
+  if (kPlain || t.noise.drawn) normals.start(t.noise.key, t.noise.counter);
   const Sink<float>& kl = t.kl;
   F noise[kVectors], lanes[kVectors];
   for (int v = 0; v < kVectors; ++v) lanes[v] = kl.lanes != nullptr ? load(kl.lanes + v * kWidth) : set1(0.0f);
-  uint64_t counter = t.noise.counter;
   int64_t i = 0;
   for (int64_t end = kl.row_sums != nullptr ? kl.row : t.n; end <= t.n; end += kl.row) {
-    for (; end - i >= kBlock; i += kBlock, counter += kBlock / 4) {
-      if (kPlain || t.noise.drawn) normals(counter, philox, noise);
+    for (; end - i >= kBlock; i += kBlock) {
+      if (kPlain || t.noise.drawn) normals.next(noise);
       forward_block<kPlain>(t, i, o, noise, lanes, kl.elements == nullptr ? nullptr : kl.elements + i);
     }
     if (kl.row_sums == nullptr) break;
@@ -141,7 +141,7 @@ static void forward_tile(const ForwardTile<T>& t, const Options& o) {
     copy(t.noise.eps + i, eps, rest);
     padded.noise.eps = eps;
   }
-  if (t.noise.drawn) normals(counter, philox, noise);
+  if (t.noise.drawn) normals.next(noise);
   forward_block<false>(padded, 0, o, noise, lanes, kl.any() ? elements : nullptr);
   if (t.noise.any()) copy(z, t.z + i, rest);
   if (kl.elements != nullptr) copy(elements, kl.elements + i, rest);
@@ -210,16 +210,16 @@ VAEOPS_INLINE void backward_block(const BackwardTile<T>& t, int64_t i, const Opt
 
 template <bool kPlain, class T>
 static void backward_tile(const BackwardTile<T>& t, const Options& o) {
-  const Philox philox(t.noise.key);
+  Normals normals;
+  if (kPlain || t.noise.drawn) normals.start(t.noise.key, t.noise.counter);
   F noise[kVectors];
-  uint64_t counter = t.noise.counter;
   int64_t i = 0;
   const bool rows = t.row > 0;
   const float* const gkl = rows ? nullptr : t.gkl;
   for (int64_t end = rows ? t.row : t.n; end <= t.n; end += t.row) {
     const F weight = set1(rows ? t.gkl[end / t.row - 1] : t.weight);
-    for (; end - i >= kBlock; i += kBlock, counter += kBlock / 4) {
-      if (kPlain || t.noise.drawn) normals(counter, philox, noise);
+    for (; end - i >= kBlock; i += kBlock) {
+      if (kPlain || t.noise.drawn) normals.next(noise);
       backward_block<kPlain>(t, i, o, noise, gkl, weight);
     }
     if (!rows) break;
@@ -255,7 +255,7 @@ static void backward_tile(const BackwardTile<T>& t, const Options& o) {
     padded.gprior_mu = gprior_mu;
     padded.gprior_rho = gprior_rho;
   }
-  if (t.noise.drawn) normals(counter, philox, noise);
+  if (t.noise.drawn) normals.next(noise);
   backward_block<kPlain>(padded, 0, o, noise, gkl != nullptr ? gkl_rest : nullptr, set1(t.weight));
   copy(gmu, t.gmu + i, rest);
   copy(grho, t.grho + i, rest);

@@ -13,6 +13,7 @@ VAEOPS_INLINE F set1(float x) { return _mm512_set1_ps(x); }
 VAEOPS_INLINE I iset1(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
 VAEOPS_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 VAEOPS_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+VAEOPS_INLINE F fnms(F a, F b, F c) { return _mm512_fnmsub_ps(a, b, c); }  // -a b - c
 VAEOPS_INLINE F sqrt(F x) { return _mm512_sqrt_ps(x); }
 VAEOPS_INLINE I bits(F x) { return _mm512_castps_si512(x); }
 VAEOPS_INLINE F floats(I x) { return _mm512_castsi512_ps(x); }
@@ -29,6 +30,9 @@ VAEOPS_INLINE I shl(I x) {
 VAEOPS_INLINE Mask less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 VAEOPS_INLINE Mask has_bit(I x, uint32_t bit) { return _mm512_test_epi32_mask(x, iset1(bit)); }
 VAEOPS_INLINE F select(Mask m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
+VAEOPS_INLINE F select_minus(Mask m, F yes, F no) {  // m ? -yes : no
+  return floats(_mm512_mask_ternarylogic_epi32(bits(no), m, bits(yes), iset1(0x80000000), 0x66));
+}
 VAEOPS_INLINE F xor_bit(F x, I y, I bit) {  // x ^ (y & bit)
   return floats(_mm512_ternarylogic_epi32(bits(x), y, bit, 0x78));
 }
@@ -68,6 +72,7 @@ VAEOPS_INLINE F set1(float x) { return _mm256_set1_ps(x); }
 VAEOPS_INLINE I iset1(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
 VAEOPS_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 VAEOPS_INLINE F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
+VAEOPS_INLINE F fnms(F a, F b, F c) { return _mm256_fnmsub_ps(a, b, c); }
 VAEOPS_INLINE F sqrt(F x) { return _mm256_sqrt_ps(x); }
 VAEOPS_INLINE I bits(F x) { return _mm256_castps_si256(x); }
 VAEOPS_INLINE F floats(I x) { return _mm256_castsi256_ps(x); }
@@ -87,6 +92,7 @@ VAEOPS_INLINE F unsigned_to_float(I x) {  // both halves are exact in fp32, thei
 VAEOPS_INLINE Mask less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 VAEOPS_INLINE Mask has_bit(I x, uint32_t bit) { return floats(_mm256_cmpeq_epi32(iand(x, iset1(bit)), iset1(bit))); }
 VAEOPS_INLINE F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
+VAEOPS_INLINE F select_minus(Mask m, F yes, F no) { return select(m, _mm256_xor_ps(yes, set1(-0.0f)), no); }
 VAEOPS_INLINE F xor_bit(F x, I y, I bit) { return floats(_mm256_xor_si256(bits(x), iand(y, bit))); }
 VAEOPS_INLINE F at_most(F x, float bound) { return _mm256_min_ps(set1(bound), x); }
 VAEOPS_INLINE F at_least(F x, float bound) { return _mm256_max_ps(set1(bound), x); }
@@ -126,6 +132,7 @@ VAEOPS_INLINE F set1(float x) { return x; }
 VAEOPS_INLINE I iset1(uint32_t x) { return x; }
 VAEOPS_INLINE F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }
 VAEOPS_INLINE F fnma(F a, F b, F c) { return __builtin_fmaf(-a, b, c); }
+VAEOPS_INLINE F fnms(F a, F b, F c) { return __builtin_fmaf(-a, b, -c); }
 VAEOPS_INLINE F sqrt(F x) { return __builtin_sqrtf(x); }
 VAEOPS_INLINE I bits(F x) { return float_bits(x); }
 VAEOPS_INLINE F floats(I x) { return bits_float(x); }
@@ -142,6 +149,7 @@ VAEOPS_INLINE I shl(I x) {
 VAEOPS_INLINE Mask less(F a, F b) { return a < b; }
 VAEOPS_INLINE Mask has_bit(I x, uint32_t bit) { return (x & bit) != 0; }
 VAEOPS_INLINE F select(Mask m, F yes, F no) { return m ? yes : no; }
+VAEOPS_INLINE F select_minus(Mask m, F yes, F no) { return m ? -yes : no; }
 VAEOPS_INLINE F xor_bit(F x, I y, I bit) { return floats(bits(x) ^ (y & bit)); }
 VAEOPS_INLINE F at_most(F x, float bound) { return bound < x ? bound : x; }
 VAEOPS_INLINE F at_least(F x, float bound) { return x < bound ? bound : x; }

@@ -55,7 +55,7 @@ int64_t threads_of(ParallelFor parallel) {
   return ranges.load();
 }
 
-constexpr int64_t kChunkBytes = int64_t{4} << 20;  // of the largest map of a chunk
+constexpr int64_t kChunkBytes = int64_t{8} << 20;  // of the largest map of a chunk
 
 struct Chunks {
   int64_t images, count;  // of a chunk; chunks

@@ -11,9 +11,19 @@
 #include "cpu/foreach_isa.h"
 #undef VAEOPS_KERNELS
 
+#if defined(__x86_64__)
+VAEOPS_TARGET_BEGIN("amx-tile,amx-bf16,avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")
+namespace vaeops::cpu::amx {
+using namespace avx512;
+#include "cpu/vgg_amx.h"
+}  // namespace vaeops::cpu::amx
+VAEOPS_TARGET_END
+#endif
+
 namespace vaeops::cpu {
 namespace {
 
+constexpr int64_t kBlockPixels = 256;        // on AMX tiles
 constexpr int64_t kBlockFloats = 300 << 10;  // of V and M together: they stay in the second-level cache
 
 // The work, 0 .. n, cut into at most `slots` tasks; run(begin, end, the task's scratch).
@@ -52,10 +62,25 @@ DirectPlan direct_plan(int64_t in, int64_t out, int64_t w) {
   return p;
 }
 
+TilePlan tile_plan(int64_t in, int64_t out, int64_t w) {
+  TilePlan p{};
+  p.in = in;
+  p.out = out;
+  p.w = w;
+  p.channels = round_up(in, 32);
+  p.rows = round_up(ceil_div(kBlockPixels, w), 2);
+  p.step = w % 16 == 0 ? w : w + 2;
+  return p;
+}
+
 int64_t slot_floats(VggAlgorithm algorithm, int64_t in, int64_t out, int64_t w) {
   if (in != 3 && algorithm == VggAlgorithm::winograd) {
     const WinogradPlan p = winograd_plan(in, out, block_of(in, out));
     return p.v_floats() + p.m_floats();
+  }
+  if (in != 3 && algorithm == VggAlgorithm::bf16) {
+    const TilePlan p = tile_plan(in, out, w);
+    return p.pixel_floats() + p.sums_floats();
   }
   const DirectPlan p = direct_plan(in, out, w);
   return p.width * (in == 3 ? 12 : 4 * in) + 2 * p.width * kPanel;
@@ -87,6 +112,26 @@ void convolve(VggAlgorithm algorithm, const Call& call, const void* x, int64_t i
     });
     return;
   }
+#if defined(__x86_64__)
+  if (algorithm == VggAlgorithm::bf16) {
+    TilePlan p = tile_plan(in, out, call.w);
+    const int64_t share = round_up(ceil_div(call.n * call.h, scratch.slots), 2);
+    p.rows = std::min(p.rows, share);
+    p.h = call.h;
+    p.weights = reinterpret_cast<const bf16*>(call.packed);
+    p.bias = bias;
+    const int64_t blocks = ceil_div(call.h, p.rows);
+    tasks(scratch, slot, call.n * blocks, inner, [&](int64_t begin, int64_t end, float* own) {
+      amx::use_tiles(true);
+      for (int64_t i = begin; i < end; ++i) {
+        amx::tile_rows(p, call, static_cast<const bf16*>(x), i / blocks, i % blocks * p.rows,
+                       reinterpret_cast<bf16*>(own), own + p.pixel_floats());
+      }
+      amx::use_tiles(false);
+    });
+    return;
+  }
+#endif
   DirectPlan p = direct_plan(in, out, call.w);
   p.n = call.n;
   p.h = call.h;
@@ -116,7 +161,7 @@ void put_row(const float* gradient, float rstd, int64_t w, T* to) {
 }  // namespace
 
 VggAlgorithm conv_algorithm(VggAlgorithm wanted) {
-  return wanted == VggAlgorithm::bf16 ? VggAlgorithm::winograd : wanted;
+  return wanted == VggAlgorithm::bf16 && isa() != Isa::amx ? VggAlgorithm::winograd : wanted;
 }
 
 int64_t conv_scratch_bytes(VggAlgorithm algorithm, int64_t in, int64_t out, int64_t w) {

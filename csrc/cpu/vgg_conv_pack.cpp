@@ -37,11 +37,33 @@ void transform(const Weights& weights, int64_t o, int64_t i, double (&u)[kPoints
   }
 }
 
+// [out / 32][9][channels / 32][2][16][16][2]
+void pack_tiles(const Weights& w, bf16* packed) {
+  const int64_t channels = round_up(w.reads(), 32), outputs = round_up(w.writes(), kPanel);
+  for (int64_t o = 0; o < outputs; ++o) {
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      bf16* const to = packed + (o / kPanel * 9 + tap) * channels * kPanel + o % kPanel / 16 * 512 + o % 16 * 2;
+      for (int64_t i = 0; i < channels; ++i) {
+        const bool real = o < w.writes() && i < w.reads();
+        to[i / 32 * 1024 + i % 32 / 2 * 32 + i % 2] =
+            to_bf16(real ? static_cast<float>(w.at(o, i, tap / 3, tap % 3)) : 0);
+      }
+    }
+  }
+}
+
+void put_bias(const float* bias, int64_t out, float* to) {
+  for (int64_t o = 0; o < out; ++o) to[o] = bias != nullptr ? bias[o] : 0.0f;
+}
+
 }  // namespace
 
 int64_t conv_packed_floats(VggAlgorithm algorithm, int64_t in, int64_t out, bool backward) {
   if (in == 3) return backward ? 27 * out : 27 * round_up(out, kPanel) + out;
   const int64_t reads = backward ? out : in, writes = backward ? in : out;
+  if (algorithm == VggAlgorithm::bf16) {
+    return 9 * round_up(reads, 32) * round_up(writes, kPanel) / 2 + (backward ? 0 : out);
+  }
   const int64_t taps = algorithm == VggAlgorithm::winograd ? kPoints : 9;
   return taps * reads * round_up(writes, kPanel) + (backward ? 0 : out);
 }
@@ -63,6 +85,11 @@ void conv_pack(VggAlgorithm algorithm, const float* weight, const float* bias, i
     }
     return;
   }
+  if (in != 3 && algorithm == VggAlgorithm::bf16) {
+    pack_tiles(w, reinterpret_cast<bf16*>(packed));
+    if (!backward) put_bias(bias, out, packed + conv_packed_floats(algorithm, in, out, false) - out);
+    return;
+  }
   const int64_t taps = in != 3 && algorithm == VggAlgorithm::winograd ? kPoints : 9;
   std::fill(packed, packed + taps * reads * panels, 0.0f);
   for (int64_t o = 0; o < writes; ++o) {
@@ -81,9 +108,7 @@ void conv_pack(VggAlgorithm algorithm, const float* weight, const float* bias, i
       }
     }
   }
-  if (backward) return;
-  float* const to = packed + taps * reads * panels;
-  for (int64_t o = 0; o < out; ++o) to[o] = bias != nullptr ? bias[o] : 0.0f;
+  if (!backward) put_bias(bias, out, packed + conv_packed_floats(algorithm, in, out, false) - out);
 }
 
 }  // namespace vaeops::cpu

@@ -70,26 +70,36 @@ VAEOPS_INLINE void finish_pool(const ConvBackward&, int64_t, int64_t, F, F, F, F
 
 VAEOPS_INLINE F bias_of(const float* bias, int64_t c) { return bias != nullptr ? load(bias + c) : set1(0); }
 
+// A window of rows x columns pixels, its first one at (y, x); sums as in finish_rows.
+template <class T, class Call>
+VAEOPS_INLINE void finish_window(const Call& call, const float* bias, int64_t image, int64_t y, int64_t x, int rows,
+                                 int columns, int64_t first, int64_t width, const float* sums, int64_t step,
+                                 int64_t channels) {
+  const int64_t pixel = (image * call.h + y) * call.w + x;
+  for (int64_t c = 0; c < width; c += kWidth) {
+    const F b = bias_of(bias, first + c);
+    F v[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int r = i / 2, column = i % 2;
+      if (r >= rows || column >= columns) continue;
+      v[i] = finish<T>(call, pixel + r * call.w + column, first + c,
+                       load(sums + (r * step + x + column) * channels + c) + b);
+    }
+    if (rows == 2 && columns == 2 && pools(call)) {
+      finish_pool<T>(call, (image * (call.h / 2) + y / 2) * (call.w / 2) + x / 2, first + c, v[0], v[1], v[2], v[3]);
+    }
+  }
+}
+
 // One or two rows y, y + 1 (y even) of `width` channels from `first` on. sums [2][step pixels][channels].
 template <class T, class Call>
 static void finish_rows(const Call& call, const float* bias, int64_t image, int64_t y, int64_t first, int64_t width,
                         const float* sums, int64_t step, int64_t channels) {
-  const int64_t rows = y + 1 < call.h ? 2 : 1, h = call.h, w = call.w;
-  for (int64_t x = 0; x < w; x += 2) {
-    const int64_t columns = x + 1 < w ? 2 : 1;
-    for (int64_t c = 0; c < width; c += kWidth) {
-      const F b = bias_of(bias, first + c);
-      F v[2][2] = {{b, b}, {b, b}};
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t i = 0; i < columns; ++i) {
-          v[r][i] = finish<T>(call, (image * h + y + r) * w + x + i, first + c,
-                              load(sums + (r * step + x + i) * channels + c) + b);
-        }
-      }
-      if (pools(call) && rows == 2 && columns == 2) {
-        finish_pool<T>(call, (image * (h / 2) + y / 2) * (w / 2) + x / 2, first + c, v[0][0], v[0][1], v[1][0],
-                       v[1][1]);
-      }
-    }
+  const int rows = y + 1 < call.h ? 2 : 1;
+  int64_t x = 0;
+  for (; rows == 2 && x + 1 < call.w; x += 2) {
+    finish_window<T>(call, bias, image, y, x, 2, 2, first, width, sums, step, channels);
   }
+  for (; x < call.w; ++x) finish_window<T>(call, bias, image, y, x, rows, 1, first, width, sums, step, channels);
 }

@@ -9,7 +9,7 @@ namespace vaeops::cpu {
 
 // What vgg_pack writes in front of the weights, in place of kPackedHeader floats.
 struct PackedHeader {
-  int32_t magic, isa, algorithm, in_channels, layers;
+  int32_t magic, algorithm, in_channels, layers;
   int32_t channels[kVggLayers];
 };
 constexpr int64_t kPackedHeader = 32;

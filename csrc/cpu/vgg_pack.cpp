@@ -39,7 +39,6 @@ void vgg_pack(const VggTrunk& trunk, int64_t in_channels, const float* const* we
               ParallelFor parallel) {
   PackedHeader header{};
   header.magic = kMagic;
-  header.isa = static_cast<int32_t>(isa());
   header.algorithm = static_cast<int32_t>(conv_algorithm(trunk.algorithm));
   header.in_channels = static_cast<int32_t>(in_channels);
   header.layers = trunk.layers;
@@ -68,9 +67,9 @@ const char* vgg_packed_mismatch(const VggTrunk& trunk, int64_t in_channels, int6
   if (floats < kPackedHeader) return "was not made by vgg_pack";
   std::memcpy(&header, trunk.packed, sizeof header);
   if (header.magic != kMagic) return "was not made by vgg_pack";
-  if (header.isa != static_cast<int32_t>(isa())) return "was packed for another instruction set";
-  if (header.algorithm != static_cast<int32_t>(conv_algorithm(trunk.algorithm)))
-    return "was packed for another algorithm";
+  if (header.algorithm != static_cast<int32_t>(conv_algorithm(trunk.algorithm))) {
+    return "was packed for another algorithm, or for bf16 on another instruction set";
+  }
   bool same = header.in_channels == in_channels && header.layers >= trunk.layers;
   for (int32_t i = 0; same && i < trunk.layers; ++i) same = header.channels[i] == trunk.channels[i];
   if (!same) return "was packed for other layers";

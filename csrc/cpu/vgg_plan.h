@@ -40,4 +40,18 @@ struct DirectPlan {
   const float *weights, *bias;
 };
 
+// Rows of a map at a time on AMX tiles. Weights: [out / 32][9][channels / 32][2][16][16][2] bf16 (the channel of a pair
+// last), padded by zeros, then, forward, the bias [out].
+struct TilePlan {
+  int64_t in, out, h, w;
+  int64_t channels;  // in, rounded up to 32
+  int64_t rows;      // of a block, even
+  int64_t step;      // positions from one row of sums to the next
+  const bf16* weights;
+  const float* bias;
+
+  int64_t pixel_floats() const { return ((rows + 2) * (w + 2) + 16) * channels / 2; }
+  int64_t sums_floats() const { return round_up(rows * step, 16) * kPanel; }
+};
+
 }  // namespace vaeops::cpu

@@ -50,11 +50,15 @@ class Compiled(NamedTuple):
 
 @contextlib.contextmanager
 def compiling(capability: int):
-    """Within it launches compile for sm_<capability> and do not run. Yields the list of kernels launched."""
+    """Within it launches compile for sm_<capability> and do not run. Yields the list of kernels launched.
+
+    A grid that a GPU would refuse fails.
+    """
     launched: list = []
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
+        assert 0 < grid[0] < 2**31 and all(0 < n < 2**16 for n in grid[1:]), f"{self.fn.__name__}: {grid}"
         launched.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
     before = triton.runtime.driver._active

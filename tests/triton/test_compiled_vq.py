@@ -47,7 +47,7 @@ def segment_sum(D, dtype=torch.float32, absmax=None):
 
 
 # launch -> {kernel: (registers, bytes of shared memory, static instructions allowed)}
-PACK, REFINE = (255, 2048, 2700), (64, 2048, 700)
+PACK, REFINE = (168, 2048, 2700), (64, 2048, 700)
 CASES = {
     "assign, D 8": (assign(8), {"pack": PACK, "nearest_tiles": (192, 8192, 2300), "refine": REFINE}),
     "assign, D 64": (assign(64), {"pack": PACK, "nearest_tiles": (176, 49152, 1800), "refine": REFINE}),
@@ -59,6 +59,7 @@ CASES = {
     "assign, D 256, bf16": (
         assign(256, HALF), {"pack": PACK, "nearest_tiles": (168, 135168, 2200), "refine": REFINE}
     ),
+    "assign, D 16384": (assign(16384, rows=8), {"pack": PACK}),
     "assign, few rows": (
         assign(64, rows=256), {"nearest_tiles": (176, 49152, 1800), "refine": (128, 4096, 900)}
     ),
@@ -122,6 +123,12 @@ def test_exact_scores_are_fp64_fma_chains():
         assign(64)()
     ptx = launched[-1].asm["ptx"]
     assert "fma.rn.f64" in ptx and not re.findall(r"\b(?:mul|add|sub)\.f64\b", ptx)
+
+
+def test_more_codes_than_the_second_dim_of_a_grid_takes():
+    with aot.compiling(90) as launched:
+        vq.vq_topk(torch.empty(3, 1), torch.empty(2**22 + 1, 1), None, 1, 0, True, False)
+    assert len(launched) == 5
 
 
 LAUNCHES = {

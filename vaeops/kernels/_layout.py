@@ -5,6 +5,7 @@ Nothing here depends on a tensor's value, and nothing synchronises.
 
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -229,8 +230,24 @@ def tickets(t: Tensor, groups: int) -> Tensor:
         key = (-1, 0)
     found = _tickets.get(key)
     if found is None or found.numel() < groups:
-        found = _tickets[key] = torch.zeros(max(1024, groups), dtype=torch.int32, device=t.device)
+        found = _tickets[key] = _kept_zeros(max(1024, groups), t.device)
     return found
+
+
+def _kept_zeros(n: int, device: torch.device) -> Tensor:
+    """int32 zeros [n] that outlive the call.
+
+    Another thread makes them: this one may be allocating from a pool that ends with the call, as when
+    torch.compile warms up a CUDA graph, and a pool takes the allocations of one thread.
+    """
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def make() -> Tensor:
+        with torch.cuda.stream(stream):  # type: ignore[arg-type]
+            return torch.zeros(n, dtype=torch.int32, device=device)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 def _next_power_of_two(n: int) -> int:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.steps < TAIL:
         parser.error(f"--steps must be at least {TAIL}")
-    options = {"input_range": (-1.0, 1.0), "normalize": None}  # the workshop feeds [-1, 1] as it is
+    options: dict[str, Any] = {"input_range": (-1.0, 1.0), "normalize": None}  # the workshop feeds [-1, 1] as it is
     try:
         faces, held_out = (data.celeba(args.data, split) for split in ("train", "valid"))
         trunk = (VGGTrunk.random("vgg16", args.seed, **options) if args.vgg is None

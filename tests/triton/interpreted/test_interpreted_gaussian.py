@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from budget import assert_within_budget
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vaeops
 from vaeops.kernels import _layout, gaussian
@@ -124,6 +125,23 @@ def test_sums_over_several_programs(monkeypatch, reduction, prior):
     check_step(*inputs(700, 12), inputs(12), reduction=reduction)
     _layout.plan.cache_clear()
     assert all(not t.any() for t in _layout._tickets.values())
+
+
+def test_kept_tickets_are_not_the_calling_thread_s(monkeypatch):
+    """It may be allocating from the memory pool of a CUDA graph, where nothing may be kept."""
+    monkeypatch.setattr(_layout, "_tickets", {})
+    made = []
+
+    class Watch(TorchDispatchMode):  # of one thread, as a pool is
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made.append(function)
+            return function(*args, **(kwargs or {}))
+
+    x = torch.empty(1)
+    with Watch():
+        found = _layout.tickets(x, 5)
+    assert found.numel() >= 5 and not found.any() and not made
+    assert _layout.tickets(x, 1000) is found and _layout.tickets(x, 2000) is not found
 
 
 @pytest.mark.parametrize("cols", [5, 20, 1500])

@@ -278,6 +278,26 @@ def test_gather_backward(estimator, dtype):
     assert vq.vq_gather_bwd(g[:0], None, x[:0], e, indices[:0], estimator).shape == x[:0].shape
 
 
+def test_the_rotation_of_a_row_that_is_not_finite_onto_a_zero_code():
+    """There is no direction to turn to: the gradient goes straight through, which 0 * inf would spoil."""
+    x, e, indices = inputs()
+    x[0, 0, 3], x[0, 1, 3], e[0], indices[0, :2] = torch.inf, torch.nan, 0, 0
+    ours, want = (f.vq_gather_bwd(x.nan_to_num(), None, x, e, indices, 2) for f in (vq, ref))
+    assert want.isfinite().all()
+    torch.testing.assert_close(ours, want)
+
+
+def test_no_index_reads_outside_of_the_codebook():
+    x, e, indices = inputs()
+    indices[0, :3] = torch.tensor([5, 8, -2])  # of 5 codes, with others behind them
+    unused = (indices < 0) | (indices >= 5)
+    masked = indices.masked_fill(unused, -1)
+    for ours, want in zip(vq.vq_gather(indices, e[:5], x, 0.5, 1), ref.vq_gather(masked, e[:5], x, 0.5, 1)):
+        torch.testing.assert_close(ours, want)
+    ours, want = (f.vq_gather_bwd(x, None, x, e[:5], i, 1) for f, i in ((vq, indices), (ref, masked)))
+    assert torch.equal(ours, want)
+
+
 @pytest.mark.parametrize("piece", [1024, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_segment_sum(piece, dtype, monkeypatch):

@@ -1,7 +1,6 @@
 """`vector_quantize_pytorch.VectorQuantize` over the fused quantizer."""
 
 from collections.abc import Callable
-from math import sqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -9,34 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn.codebook import learn, recomputing
+from ...nn.processes import all_reduce, world
 from ...nn.quantize import mask_of
-from ...ops.vq import VQOutput, vector_quantize, vq_lookup
+from ...ops.vq import vq_lookup
+from . import losses
+from .affine import AffineCodebook
 from .codebook import Codebook
-
-# Arguments that would need an N x K array or one more way to train a codebook, and what asks for nothing.
-_REFUSED = {
-    "commitment_use_cross_entropy_loss": False,
-    "codebook_diversity_loss_weight": 0.0,
-    "codebook_diversity_temperature": 100.0,
-    "stochastic_sample_codes": False,
-    "sample_codebook_temp": 1.0,
-    "straight_through": False,
-    "in_place_codebook_optimizer": None,
-    "manual_in_place_optimizer_update": False,
-    "affine_param": False,
-    "sync_affine_param": False,
-    "affine_param_batch_decay": 0.99,
-    "affine_param_codebook_decay": 0.9,
-    "sync_kmeans": True,  # processes that start from different codebooks would stay apart
-}
-
-
-def refuse(op: str, taken: dict[str, Any], given: dict[str, Any]) -> None:
-    for name, value in given.items():
-        if value is not taken[name] and value != taken[name]:
-            raise ValueError(
-                f"{op}: {name} must be {taken[name]!r}, vaeops has no such option; got {value!r}"
-            )
+from .losses import masked_mean
+from .parts import How, Part, pick, quantize_part
 
 
 class LossBreakdown(NamedTuple):
@@ -52,14 +31,17 @@ class VectorQuantize(nn.Module):
     """`vector_quantize_pytorch.VectorQuantize` 1.32: its arguments, defaults, outputs and state_dict.
 
     Args:
-        As the peer's. Those for which it builds a rows x codes array (commitment_use_cross_entropy_loss,
-        codebook_diversity_*, stochastic_sample_codes, sample_codebook_temp, straight_through), affine_param*
-        and in_place_codebook_optimizer with theirs, and sync_kmeans=False, raise where they ask for
-        something; so do topk, indices, sample_codebook_temp and codebook_transform_fn of the call.
+        As the peer's; what belongs to an option that is off does nothing. Combinations that the peer refuses
+        raise ValueError. Random codes, losses over all codes and straight_through take the rows in chunks.
+        straight_through: the softmax's gradient, where route_gradients_to_input is False or the input takes
+            none; otherwise, as with the peer, the input gets the plain straight-through gradient.
+        layernorm_after_project_in: where there is a projection.
+        sync_kmeans: False: k-means over the first process's rows alone, for all.
         sync_codebook: None or True joins the processes wherever there are several; False does not.
 
     Returns:
-        (quantized, indices, loss), and a LossBreakdown with return_loss_breakdown. The loss is 0 in eval.
+        (quantized, indices, loss), and a LossBreakdown with return_loss_breakdown. The loss is 0 in eval,
+        except with topk; (quantized, cross entropy) where the call gives indices.
 
     Where it differs from the peer, on purpose:
         - Indices are exact (`vaeops.vq_assign`), on equality the lowest; quantized is the code bit for bit.
@@ -68,11 +50,19 @@ class VectorQuantize(nn.Module):
         - With a mask the commitment loss is that of the quantizer's own input, as without one: an all-True
           mask changes nothing. The peer takes the layer's raw input: wrong for cosine, an error with a
           projection or heads. A mask works for images too.
+        - Losses over all codes leave masked rows out. Their gradients are those of the codes that were looked
+          up; the peer's averages overwrite these before backward.
+        - Codebook diversity is that of each codebook; the peer adds up code k of all heads.
+        - Given indices: for any layout, and quantized is projected. The peer raises, or leaves it inside.
+        - affine_param: the moments stay in eval; decoding gives what forward gave, with vq_bridge too; a
+          state with moments loads; a revived code is at its row. With the peer none of these holds.
+        - The loss of in_place_codebook_optimizer adds no gradient to the parameters of a transform.
         - A batch without a used row has loss 0 and moves nothing.
         - The rotation falls back to straight-through near x = 0, where the peer's gradient explodes.
         - k-means and revival draw other rows than the peer's generator would, with several codebooks and
           processes too; a k-means start that leaves a cluster empty keeps its code.
-        - A forward that runs again under checkpointing does not move the codebook twice.
+        - A forward that runs again under checkpointing does not move the codebook twice; one with
+          in_place_codebook_optimizer cannot be checkpointed, nor compiled without a graph break.
     """
 
     def __init__(self, dim: int, codebook_size: int, codebook_dim: int | None = None, heads: int = 1,
@@ -97,8 +87,6 @@ class VectorQuantize(nn.Module):
                  sync_update_v: float = 0.0, return_zeros_for_masked_padding: bool = True,
                  route_gradients_to_input: bool = True) -> None:  # fmt: skip
         super().__init__()
-        given = locals()
-        refuse("VectorQuantize", _REFUSED, {name: given[name] for name in _REFUSED})
         ema = not directional_reparam and vq_bridge is None if ema_update is None else ema_update
         learnable = directional_reparam or vq_bridge is not None
         learnable = learnable if learnable_codebook is None else learnable_codebook
@@ -108,6 +96,12 @@ class VectorQuantize(nn.Module):
             (ema and learnable, "ema_update does not go with learnable_codebook"),
             (vq_bridge is not None and not learnable, "vq_bridge needs learnable_codebook"),
             (rotation and directional_reparam, "rotation_trick does not go with directional_reparam"),
+            (
+                straight_through and (rotation or directional_reparam),
+                "straight_through goes with neither rotation_trick, the default, nor directional_reparam",
+            ),
+            (straight_through and learnable, "straight_through does not go with learnable_codebook"),
+            (affine_param and use_cosine_sim, "affine_param does not go with use_cosine_sim"),
             (
                 directional_reparam and not threshold_ema_dead_code,
                 "directional_reparam needs threshold_ema_dead_code > 0",
@@ -134,12 +128,15 @@ class VectorQuantize(nn.Module):
             if layernorm_after_project_in:
                 self.project_in = nn.Sequential(self.project_in, nn.LayerNorm(inner))
             self.project_out = nn.Linear(inner, dim)
-        elif layernorm_after_project_in:
-            raise ValueError("VectorQuantize: layernorm_after_project_in needs a projection, there is none")
 
         self.use_cosine_sim, self.learnable_codebook = use_cosine_sim, learnable
         self.freeze_codebook, self.commitment_weight = freeze_codebook, commitment_weight
         self.has_commitment_loss = commitment_weight > 0 and not directional_reparam
+        self.commitment_use_cross_entropy_loss = commitment_use_cross_entropy_loss
+        self.codebook_diversity_loss_weight = codebook_diversity_loss_weight
+        self.codebook_diversity_temperature = codebook_diversity_temperature
+        self.stochastic_sample_codes, self.straight_through = stochastic_sample_codes, straight_through
+        self.sample_codebook_temp = sample_codebook_temp
         self.orthogonal_reg_weight = orthogonal_reg_weight
         self.orthogonal_reg_active_codes_only = orthogonal_reg_active_codes_only
         self.orthogonal_reg_max_codes = orthogonal_reg_max_codes
@@ -149,12 +146,23 @@ class VectorQuantize(nn.Module):
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.channel_first = accept_image_fmap or accept_3d_fmap or not channel_last
         self.deferred = False  # a layer above calls `learn`, for several codebooks at once
-        self._codebook = Codebook(
+        options: dict[str, Any] = {}
+        if affine_param:
+            options = {"rows_decay": affine_param_batch_decay, "codes_decay": affine_param_codebook_decay,
+                       "joined": sync_affine_param}  # fmt: skip
+        self._codebook: Codebook = (AffineCodebook if affine_param else Codebook)(
             inner // heads, codebook_size, heads=heads if separate_codebook_per_head else 1, ema=ema,
             normalize=use_cosine_sim, decay=decay, eps=eps, kmeans_init=kmeans_init,
             kmeans_iters=kmeans_iters, revive_below=threshold_ema_dead_code, sync=sync_codebook is not False,
-            learnable=learnable or orthogonal_reg_weight > 0, manual=manual_ema_update, bridge=vq_bridge,
+            sync_kmeans=sync_kmeans, learnable=learnable or orthogonal_reg_weight > 0,
+            manual=manual_ema_update, bridge=vq_bridge, **options,
         )  # fmt: skip
+        self.in_place_codebook_optimizer: torch.optim.Optimizer | None = None
+        self.manual_in_place_optimizer_update = manual_in_place_optimizer_update
+        if in_place_codebook_optimizer is not None:
+            if not list(self._codebook.parameters()):
+                raise ValueError("VectorQuantize: in_place_codebook_optimizer needs learnable_codebook")
+            self.in_place_codebook_optimizer = in_place_codebook_optimizer(self._codebook.parameters())
 
     @property
     def ema_update(self) -> bool:
@@ -170,48 +178,64 @@ class VectorQuantize(nn.Module):
         with torch.no_grad():
             self._codebook.embed.copy_(codes if self.separate_codebook_per_head else codes.unsqueeze(0))
 
-    def forward(self, x: Tensor, indices: None = None, mask: Tensor | None = None, lens: Tensor | None = None,
-                topk: None = None, sample_codebook_temp: None = None, freeze_codebook: bool | None = None,
-                return_loss_breakdown: bool = False, codebook_transform_fn: None = None,
+    def forward(self, x: Tensor, indices: Tensor | None = None, mask: Tensor | None = None,
+                lens: Tensor | None = None, topk: int | None = None,
+                sample_codebook_temp: float | None = None, freeze_codebook: bool | None = None,
+                return_loss_breakdown: bool = False,
+                codebook_transform_fn: Callable[[Tensor], Tensor] | None = None,
                 ema_update_weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,
                 accum_ema_update: bool = False, ema_update: bool | None = None) -> tuple:  # fmt: skip
-        """x [B, N, dim] or [B, dim]; channel-first where the options say so. mask bool [B, N], True = use."""
-        unsupported = {"indices": indices, "topk": topk, "sample_codebook_temp": sample_codebook_temp,
-                       "codebook_transform_fn": codebook_transform_fn}  # fmt: skip
-        refuse("VectorQuantize.forward", dict.fromkeys(unsupported), unsupported)
+        """x [B, N, dim] or [B, dim]; channel-first where the options say so. mask bool [B, N], True = use.
+
+        indices [B, N(, heads)], -1 for none: returns (quantized, cross entropy of the logits against them).
+        topk: the k nearest codes of each row: quantized [..., k, dim], indices and loss [..., k]; the
+            codebook does not move. Channel-first: quantized [B, dim, ..., k].
+        codebook_transform_fn: codes [H, K, D] -> codes for each row [H, B, N, K, D].
+        """
+        book = self._codebook
+        k = self._checked_topk(topk)
         first = self.channel_first and x.dim() > 2
         rows = x.movedim(1, -1) if first else x
         mask = mask_of("VectorQuantize", rows.shape[:-1], mask, lens)
-        book = self._codebook
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
 
         h = self.project_in(rows)
         parts, masks = self._split(h, mask)
+        how = self._how(parts[0].requires_grad, k, sample_codebook_temp, frozen)
         if not book.started:
             book.start([p.detach() for p in parts], masks)
+        if self.training and not recomputing():
+            book.see(tuple(p.detach() for p in parts), masks)
         moves = book.ema if ema_update is None else ema_update
-        learning = self.training and not frozen and (moves or book.revive_below > 0)
-        tables = book.tables(learning and not accum_ema_update)
-        outs = [self._quantize(p, t, m, frozen, learning) for p, t, m in zip(parts, tables, masks)]
+        learning = self.training and not frozen and k is None and (moves or book.revive_below > 0)
+        optimizing = self.training and not frozen and self.in_place_codebook_optimizer is not None
+
+        def quantize(stats: bool) -> tuple[list[Tensor], list[Part]]:
+            tables = book.tables(optimizing or (learning and not accum_ema_update))
+            codes = self._own(tables, parts, codebook_transform_fn)
+            each = zip(parts, codes, masks)
+            return codes, [quantize_part(p, c, m, how, stats) for p, c, m in each]
+
+        with torch.set_grad_enabled(torch.is_grad_enabled() or optimizing):
+            codes, outs = quantize(learning)
         if learning and not recomputing():
-            found = [(o.counts, o.sums) for o in outs if o.counts is not None and o.sums is not None]
-            book.observe(parts, [o.indices for o in outs], found)
+            found = [o.found for o in outs if o.found is not None]
+            book.observe(parts, [o.indices for o in outs], found or None)
             book.moves, book.weight = moves and not book.manual, ema_update_weight
             if not (accum_ema_update or self.deferred):
                 learn([book])
-
-        loss = torch.zeros((), device=x.device)
         terms = LossBreakdown(*[torch.zeros((), device=x.device)] * 4)
-        if self.training and self.has_commitment_loss:
-            commit = torch.stack([o.commit_loss for o in outs]).mean()
-            loss = loss + commit * self.commitment_weight
-            terms = terms._replace(commitment=commit)
-        if self.training and self.orthogonal_reg_weight > 0:
-            orthogonal = self._orthogonal(outs[0].indices)
-            loss = loss + orthogonal * self.orthogonal_reg_weight
-            terms = terms._replace(orthogonal_reg=orthogonal)
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            loss = loss if loss.requires_grad else loss.requires_grad_()  # as the peer's, fit for backward
+        if optimizing and not recomputing():
+            terms = terms._replace(inplace_optimize=self._optimize(parts, masks, codes, outs))
+            codes, outs = quantize(False)
+
+        fixed = [c.detach() if frozen else c for c in codes]
+        if indices is not None:
+            given = indices.reshape(h.shape[:-1] if self.heads == 1 else (*h.shape[:-1], self.heads))
+            targets = given.unbind(-1) if self.separate else (given,)
+            loss = losses.cross_entropy(parts, fixed, targets, masks, self.use_cosine_sim)
+        else:
+            loss, terms = self._loss(parts, fixed, masks, outs, terms, k)
 
         if self.separate:
             quantized = torch.stack([o.quantized for o in outs], -2)
@@ -221,9 +245,69 @@ class VectorQuantize(nn.Module):
         y = self.project_out((quantized.flatten(-2) if self.heads > 1 else quantized).to(h.dtype))
         if mask is not None:
             rest = torch.zeros_like(rows) if self.return_zeros_for_masked_padding else rows
-            y = torch.where(mask.unsqueeze(-1), y, rest)
+            used, rest = (mask, rest) if k is None else (mask.unsqueeze(-1), rest.unsqueeze(-2))
+            y = torch.where(used.unsqueeze(-1), y, rest)
         y = y.movedim(-1, 1) if first else y
+        if indices is not None:
+            return y, loss
         return (y, index, loss, terms) if return_loss_breakdown else (y, index, loss)
+
+    def _how(self, gradient: bool, topk: int | None, temperature: float | None, frozen: bool) -> How:
+        """gradient: whether the rows take one."""
+        temperature = self.sample_codebook_temp if temperature is None else temperature
+        random = self.training and temperature > 0
+        return How(
+            cosine=self.use_cosine_sim,
+            topk=topk,
+            draw=temperature if random and self.stochastic_sample_codes else None,
+            soft=temperature if random and self.straight_through else None,
+            routed=self.training and gradient and self.route_gradients_to_input,
+            rotation=self.rotation_trick,
+            directional=self.directional_reparam_variance if self.directional_reparam else None,
+            learned=self.learnable_codebook and not frozen,
+            sync_update_v=self.sync_update_v if self.training else 0.0,
+        )
+
+    def _checked_topk(self, topk: int | None) -> int | None:
+        if topk is None:
+            return None
+        if topk < 1:
+            raise ValueError("VectorQuantize: topk must be >= 1")
+        if self.heads > 1:
+            raise ValueError("VectorQuantize: topk does not go with heads")
+        for other in ("commitment_use_cross_entropy_loss", "in_place_codebook_optimizer"):
+            if self.training and getattr(self, other):
+                raise ValueError(f"VectorQuantize: topk does not go with {other} in training")
+        return min(int(topk), self.codebook_size)
+
+    def _loss(self, parts: tuple[Tensor, ...], codes: list[Tensor], masks: tuple[Tensor | None, ...],
+              outs: list[Part], terms: LossBreakdown, k: int | None
+              ) -> tuple[Tensor, LossBreakdown]:  # fmt: skip
+        """(the loss, its terms)"""
+        loss, cosine = terms.commitment, self.use_cosine_sim
+        if (self.training and self.has_commitment_loss) or (k is not None and not self.training):
+            if self.training and self.commitment_use_cross_entropy_loss:
+                chosen = [o.indices for o in outs]
+                commit = losses.cross_entropy(parts, codes, chosen, masks, cosine)
+            else:
+                commit = outs[0].commit if len(outs) == 1 else torch.stack([o.commit for o in outs]).mean()
+            loss = loss + commit * (self.commitment_weight if self.has_commitment_loss else 1)
+            terms = terms._replace(commitment=commit)
+        if self.training and self.codebook_diversity_loss_weight > 0:
+            shared = self.heads > 1 and not self.separate
+            diversity = losses.diversity(
+                parts, codes, masks, cosine, self.codebook_diversity_temperature, shared
+            )
+            loss = loss + diversity * self.codebook_diversity_loss_weight
+            terms = terms._replace(codebook_diversity=diversity)
+        if self.training and self.orthogonal_reg_weight > 0:
+            used = outs[0].indices if self.orthogonal_reg_active_codes_only else None
+            orthogonal = losses.orthogonal(self._codebook.embed, used, self.orthogonal_reg_max_codes)
+            loss = loss + orthogonal * self.orthogonal_reg_weight
+            terms = terms._replace(orthogonal_reg=orthogonal)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            loss = loss if loss.requires_grad else loss.requires_grad_()  # as the peer's, fit for backward
+        return loss, terms
 
     def _split(self, h: Tensor, mask: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """Rows [*R, heads * D] and their mask, one for each codebook."""
@@ -236,54 +320,54 @@ class VectorQuantize(nn.Module):
             mask = mask.unsqueeze(-1).expand(h.shape[:-1])
         return (h,), (mask,)
 
-    def _quantize(self, x: Tensor, table: Tensor, mask: Tensor | None, frozen: bool, stats: bool) -> VQOutput:
-        """One codebook's part, its commit_loss with the gradients of the peer's."""
-        routed = self.training and x.requires_grad and self.route_gradients_to_input
-        learned = self.learnable_codebook and not frozen
-        estimator = "rotation" if self.rotation_trick else "ste"
-        if not routed or self.directional_reparam:
-            estimator = "none"
-        metric = "cosine" if self.use_cosine_sim else "l2"
-        out = vector_quantize(x, table if learned else table.detach(), mask=mask, stats=stats, metric=metric,
-                              estimator=estimator)  # fmt: skip
-        quantized, commit = out.quantized, out.commit_loss
-        if learned:  # one loss, which both sides minimise
-            commit = commit + (out.codebook_loss - out.codebook_loss.detach())
-        if routed and self.directional_reparam:
-            quantized = directional(x, vq_lookup(out.indices, table), self.directional_reparam_variance)
-        elif not routed and table.requires_grad:
-            quantized = vq_lookup(out.indices, table).to(x.dtype)
-        if self.training and self.sync_update_v > 0:
-            quantized = quantized + self.sync_update_v * (quantized - quantized.detach())
-        return out._replace(quantized=quantized, commit_loss=commit)
+    def _own(self, tables: tuple[Tensor, ...], parts: tuple[Tensor, ...],
+             transform: Callable[[Tensor], Tensor] | None) -> list[Tensor]:  # fmt: skip
+        """Each codebook's codes [K, D], or with a transform each row's [*R, K, D]."""
+        if transform is None:
+            return list(tables)
+        each = transform(torch.stack(tables))
+        each = F.normalize(each, dim=-1) if self.use_cosine_sim else each
+        if self.heads > 1 and not self.separate:  # [1, B * heads, N, K, D]
+            each = each.unflatten(1, (-1, self.heads)).movedim(2, -3)
+        return [c.reshape(*p.shape[:-1], *c.shape[-2:]) for p, c in zip(parts, each)]
 
-    def _orthogonal(self, indices: Tensor) -> Tensor:
-        """sum of squared cosines of all pairs of codes / K^2 - 1 / K, from a D x D matrix.
+    def _optimize(self, parts: tuple[Tensor, ...], masks: tuple[Tensor | None, ...], codes: list[Tensor],
+                  outs: list[Part]) -> Tensor:  # fmt: skip
+        """The codebook's own loss, its gradients, and unless manual the step of its optimizer."""
+        with torch.enable_grad():
+            each = zip(parts, masks, outs)
+            errors = [masked_mean((pick(c, o.indices) - p.detach()).square().mean(-1), m)
+                      for c, (p, m, o) in zip(codes, each)]  # fmt: skip
+            loss = torch.stack(errors).mean()
+        # Not by .backward(): wrappers of the model take that for the end of its own backward pass.
+        own = [p for p in self._codebook.parameters() if p.requires_grad]
+        for p, g in zip(own, torch.autograd.grad(loss, own, allow_unused=True)):
+            if g is not None:
+                p.grad = g if p.grad is None else p.grad + g
+        if not self.manual_in_place_optimizer_update:
+            self.update_in_place_optimizer()
+        return loss.detach()
 
-        Source: Shin et al., "Translation-equivariant Image Quantizer", 2021, eq. 2.
-        """
-        codes = F.normalize(self._codebook.embed, dim=-1, eps=1e-6)
-        heads, size, _ = codes.shape
-        kept = torch.ones(size, dtype=torch.bool, device=codes.device)
-        if self.orthogonal_reg_active_codes_only:
-            kept = torch.zeros(size + 1, dtype=torch.bool, device=codes.device)
-            kept = kept.index_fill(0, indices.flatten() % (size + 1), True)[:size]  # -1 is the code more
-        most = self.orthogonal_reg_max_codes
-        if most is not None and size > most:
-            drawn = (torch.rand(size, device=codes.device) + kept).topk(most).indices
-            codes, kept = codes[:, drawn], kept[drawn]
-        codes = codes * kept.unsqueeze(-1)
-        gram = codes.mT @ codes
-        n = kept.sum().to(codes.dtype)
-        return gram.square().sum() / (heads * n**2) - 1 / n
+    @torch.no_grad()
+    def update_in_place_optimizer(self) -> None:
+        """A step of in_place_codebook_optimizer, by the processes' mean gradient."""
+        if self.in_place_codebook_optimizer is None:
+            return
+        processes, _ = world(self._codebook.sync)
+        grads = [p.grad for p in self._codebook.parameters() if p.grad is not None]
+        for grad, total in zip(grads, all_reduce(grads, processes)):
+            if processes > 1:
+                grad.copy_(total / processes)
+        self.in_place_codebook_optimizer.step()
+        self.in_place_codebook_optimizer.zero_grad()
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Codes before the projection; channel-first where x is."""
         if self.separate:
-            each = zip(indices.unbind(-1), self._codebook.embed)
+            each = zip(indices.unbind(-1), self._codebook.tables(False))
             codes = torch.cat([vq_lookup(i, e) for i, e in each], -1)
         else:
-            codes = vq_lookup(indices, self._codebook.embed[0])
+            codes = vq_lookup(indices, self._codebook.tables(False)[0])
             codes = codes.flatten(-2) if self.heads > 1 else codes
         return codes.movedim(-1, 1) if self.channel_first else codes
 
@@ -294,25 +378,19 @@ class VectorQuantize(nn.Module):
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
         """Move the codebook as if the rows of x had been given these indices."""
         rows = x.movedim(1, -1) if self.channel_first and x.dim() > 2 else x
-        parts, masks = self._split(self.project_in(rows), mask)
+        self.observe(self.project_in(rows), indices, mask)
+        learn([self._codebook])
+
+    def observe(self, h: Tensor, indices: Tensor, mask: Tensor | None) -> None:
+        """What `update_indices` does to rows h [..., heads * D], less the step itself."""
+        parts, masks = self._split(h, mask)
         each = indices.unbind(-1) if self.separate else (indices,)
         found = [i if m is None else i.masked_fill(~m, -1) for i, m in zip(each, masks)]
         self._codebook.moves, self._codebook.weight = self.ema_update and not self._codebook.manual, None
         self._codebook.observe(parts, found)
-        learn([self._codebook])
 
     update_ema_indices = update_indices
 
     def expire_codes_(self, x: Tensor) -> None:
         """Dead codes become rows of x [..., heads * D], as they come out of the projection."""
         self._codebook.expire_codes_(self._split(x, None)[0])
-
-
-def directional(x: Tensor, e: Tensor, variance: float) -> Tensor:
-    """x moved by |e - x| in the direction of e - x plus noise.
-
-    Source: Vali et al., "DiVeQ: Differentiable Vector Quantization Using the Reparameterization Trick", 2025.
-    """
-    error = e.to(x.dtype) - x
-    towards = F.normalize(error + sqrt(variance) * torch.randn_like(error), dim=-1, eps=1e-6)
-    return x + towards.detach() * error.norm(dim=-1, keepdim=True)

@@ -1,8 +1,8 @@
 """What the kernels of a trunk share: a tile of pixels, and what happens to it behind a convolution.
 
-Maps lie as [n, h, w, K]. A program has TH x TW pixels of one image (M of them, both even) and BK channels. The
-pixels of a tile count by 2x2 windows, four to each: (top left, top right, bottom left, bottom right). So a tile
-pools in registers.
+Maps lie as [n, h, w, K]. A program has TH x TW pixels of one image (M of them, both even) and BK channels.
+The pixels of a tile count by 2x2 windows, four to each: (top left, top right, bottom left, bottom right). So
+a tile pools in registers.
 
 A mask has one bit an element, bit k % 8 of byte k / 8 of a pixel; a pool's codes have two bits an element, at
 2 (k % 4) of byte k / 4. Bytes are not shared between pixels.

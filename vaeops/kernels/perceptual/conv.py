@@ -10,22 +10,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import FIXED, channels, elements, finish, pixels, restrain, tile_at
+from ._tile import FIXED, channels, finish, pixels, restrain, tile_at
 from .pool import grid
 
 
-def settings(C: int, K: int, dtype: torch.dtype) -> tuple[int, int, int, int, int, int]:
-    """(rows, columns, channels out, channels in of a step, warps, stages) of a program. Not tuned on a GPU yet."""
+def settings(dtype: torch.dtype) -> tuple[int, int, int, int, int, int]:
+    """(rows, columns, most channels out, most channels in of a step, warps, stages) of a program.
+
+    Not tuned on a GPU yet.
+    """
+    return 8, 16, 64, 64 if dtype is torch.bfloat16 else 32, 8, 3
+
+
+def tiles(C: int, K: int, dtype: torch.dtype) -> tuple[int, int, int, int, int, int]:
+    """`settings`, no larger than the layer. The first layer's 27 products are one step."""
+    TH, TW, most_out, most_in, warps, stages = settings(dtype)
     out, step = (max(16, triton.next_power_of_2(n)) for n in (K, C))
-    half = dtype is torch.bfloat16
-    return 8, 16, min(64, out), min(64 if half else 32, step), 4 if half else 8, 3
+    return TH, TW, min(most_out, out), min(most_in, step), warps, stages
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of fp32 products. TF32 where PyTorch allows cuDNN's convolutions to use it, else three of them to a product."""
-    if dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":
-        return "tf32"
-    return "tf32x3"
+    """Of fp32 products: TF32 where PyTorch allows it to cuDNN's convolutions, else three of them to one."""
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "tf32" if allowed and dtype is torch.float32 else "tf32x3"
 
 
 @triton.jit
@@ -89,7 +96,7 @@ def conv_bwd_kernel(
 @triton.jit
 def of_channel(c, values):
     """values[c], of three."""
-    return tl.where(c == 0, values[0], tl.where(c == 1, values[1], values[2]))
+    return tl.where(c == 0, values[0], tl.where(c == 1, values[1], values[2])).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=FIXED)
@@ -117,7 +124,9 @@ def conv_first_kernel(
     b_ok = (j < 27)[:, None] & (k < K)[None, :]
     b = tl.load(weight + k[None, :] * 27 + j[:, None], mask=b_ok, other=0.0)
     v = tl.dot(p.to(weight.dtype.element_ty), b, input_precision=PRECISION)
-    finish(v, bias, before, y, mask, pooled, code, height, width, K, RELU, weight.dtype.element_ty, TH, TW, BK)
+    finish(
+        v, bias, before, y, mask, pooled, code, height, width, K, RELU, weight.dtype.element_ty, TH, TW, BK
+    )
 
 
 @triton.jit(do_not_specialize=FIXED)
@@ -140,10 +149,10 @@ def conv_first_bwd_kernel(
 
 def run_conv(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool,
              outputs: tuple[Tensor | None, ...]) -> None:  # fmt: skip
-    """x [n, C, h, w] channels_last; weight [K, 3, 3, C]; outputs (before, y, mask, pooled, code) of finish."""
+    """x [n, C, h, w] channels_last; weight [K, 3, 3, C]; outputs (before, y, mask, pooled, code)."""
     n, C, height, width = x.shape
     K = weight.shape[0]
-    TH, TW, BK, BC, warps, stages = settings(C, K, x.dtype)
+    TH, TW, BK, BC, warps, stages = tiles(C, K, x.dtype)
     conv_kernel[grid(n, height, width, K, TH, TW, BK)](
         x, weight, bias, *outputs, height, width, C, K, relu, precision(x.dtype), TH, TW, BK, BC,
         num_warps=warps, num_stages=stages,
@@ -154,7 +163,7 @@ def run_conv_bwd(g: Tensor, rotated: Tensor, below: tuple[Tensor | None, ...], o
     """g [n, K, h, w], out [n, C, h, w] channels_last; rotated [C, 3, 3, K]; below (after, mask, before)."""
     n, K, height, width = g.shape
     C = rotated.shape[0]
-    TH, TW, BK, BC, warps, stages = settings(K, C, g.dtype)
+    TH, TW, BK, BC, warps, stages = tiles(K, C, g.dtype)
     conv_bwd_kernel[grid(n, height, width, C, TH, TW, BK)](
         g, rotated, *below, out, height, width, K, C, precision(g.dtype), TH, TW, BK, BC,
         num_warps=warps, num_stages=stages,
@@ -166,7 +175,7 @@ def run_conv_first(x: Tensor, pixels: Sequence[float], weight: Tensor, bias: Ten
     """x [n, 3, H, W] of any strides; weight [K, 3, 3, 3], channels first; outputs as in run_conv."""
     n, _, height, width = x.shape
     K = weight.shape[0]
-    TH, TW, BK, _, warps, _ = settings(32, K, weight.dtype)
+    TH, TW, BK, _, warps, _ = tiles(3, K, weight.dtype)
     conv_first_kernel[grid(n, height, width, K, TH, TW, BK)](
         x, x.stride(), tuple(pixels[:3]), tuple(pixels[3:]), weight, bias, *outputs, height, width,
         K, relu, precision(weight.dtype), TH, TW, BK, num_warps=warps,
@@ -176,7 +185,7 @@ def run_conv_first(x: Tensor, pixels: Sequence[float], weight: Tensor, bias: Ten
 def run_conv_first_bwd(g: Tensor, rotated: Tensor, rstd: Sequence[float], gx: Tensor) -> None:
     """g [n, K, H, W] channels_last; rotated [3, 3, 3, K]; gx [n, 3, H, W] of any strides."""
     n, K, height, width = g.shape
-    TH, TW, BK, BC, warps, stages = settings(K, 3, g.dtype)
+    TH, TW, BK, BC, warps, stages = tiles(K, 3, g.dtype)
     conv_first_bwd_kernel[grid(n, height, width, 3, TH, TW, BK)](
         g, rotated, tuple(rstd), gx, gx.stride(), height, width,
         K, precision(g.dtype), TH, TW, BK, BC, num_warps=warps, num_stages=stages,

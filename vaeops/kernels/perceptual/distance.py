@@ -1,8 +1,8 @@
-"""Distances of two maps and their gradients in Triton, one pass for both. Specification: vaeops/ref/perceptual.py.
+"""Distances of two maps and their gradients in Triton, in one pass. Specification: vaeops/ref/perceptual.py.
 
 A program takes P pixels of one image and goes over its channels in steps. It leaves one partial sum, and a
-second kernel adds those of an image in the order of their index, in fp64. "gram" is a pair of matrix products and
-goes through torch.bmm.
+second kernel adds those of an image in the order of their index, in fp64. "gram" is a pair of matrix products
+and goes through torch.bmm.
 """
 
 import torch
@@ -19,9 +19,9 @@ LPIPS, GRAM = DISTANCES.index("lpips"), DISTANCES.index("gram")
 
 
 def settings(channels: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(pixels of a tile, channels of a step, warps). Not tuned on a GPU yet: 16 fp32 elements a thread."""
+    """(pixels of a tile, channels of a step, warps). Not tuned on a GPU yet: 8 fp32 elements a thread."""
     step = min(128, max(16, triton.next_power_of_2(channels)))
-    return (2048 >> (dtype is torch.float64)) // step, step, 4
+    return (1024 >> (dtype is torch.float64)) // step, step, 4
 
 
 @triton.jit
@@ -68,11 +68,11 @@ def distance_kernel(
         ga_offset = pixel_offset(image, pixel, ga_at)
     if gb is not None:
         gb_offset = pixel_offset(image, pixel, gb_at)
-    w = tl.full([P], 1.0, A) * weight
+    w = (tl.full([P], 1.0, A) * weight).to(A)
     if grad is not None:
         place = image * pixels + pixel if PER_PIXEL else image + pixel * 0
         w = tl.load(grad + place, mask=there, other=0.0)
-    divisor = tl.full([P], 1.0, A) * count
+    divisor = tl.full([P], 1.0, A) * count.to(A)
     w = divide(w, divisor)
 
     if KIND == 3:
@@ -94,11 +94,11 @@ def distance_kernel(
         ok = there[:, None] & (c < CHANNELS)[None, :]
         u, v = load_map(a, a_offset, c, a_at, ok, A), load_map(b, b_offset, c, b_at, ok, A)
         if KIND == 3:
-            l = tl.load(lin + c, mask=c < CHANNELS, other=0.0).to(A)[None, :]
+            scale = tl.load(lin + c, mask=c < CHANNELS, other=0.0).to(A)[None, :]
             d = u * a_inverse[:, None] - v * b_inverse[:, None]
-            term = l * d * d
-            a_along += tl.sum(2 * l * d * u, axis=1)
-            b_along += tl.sum(2 * l * d * v, axis=1)
+            term = scale * d * d
+            a_along += tl.sum(2 * scale * d * u, axis=1)
+            b_along += tl.sum(2 * scale * d * v, axis=1)
         else:
             d = u - v
             far = tl.abs(d)
@@ -130,8 +130,8 @@ def distance_kernel(
                 c = first + tl.arange(0, BC)
                 ok = there[:, None] & (c < CHANNELS)[None, :]
                 u, v = load_map(a, a_offset, c, a_at, ok, A), load_map(b, b_offset, c, b_at, ok, A)
-                l = tl.load(lin + c, mask=c < CHANNELS, other=0.0).to(A)[None, :]
-                slope = 2 * l * (u * a_inverse[:, None] - v * b_inverse[:, None])
+                scale = tl.load(lin + c, mask=c < CHANNELS, other=0.0).to(A)[None, :]
+                slope = 2 * scale * (u * a_inverse[:, None] - v * b_inverse[:, None])
                 if ga is not None:
                     g = (w * a_inverse)[:, None] * (slope - u * a_along[:, None])
                     g = tl.where(a_zero[:, None], 0.0, g)
@@ -169,11 +169,13 @@ def map_at(t: Tensor | None) -> tuple[int, ...] | None:
     return image, channel, column, row, width
 
 
-def run_distance(a: Tensor, b: Tensor, lin: Tensor | None, kind: int, mean: bool, *, out: Tensor | None = None,
-                 pixels_out: Tensor | None = None, grad: Tensor | None = None, weight: float = 1.0,
-                 ga: Tensor | None = None, gb: Tensor | None = None, add: bool = False) -> None:  # fmt: skip
-    """Distances into out [n] or pixels_out [n, h, w]; gradients, with cotangents `grad` or `weight`, into ga and gb
-    (`add`: onto what is there)."""
+def run_distance(
+    a: Tensor, b: Tensor, lin: Tensor | None, kind: int, mean: bool, *,
+    out: Tensor | None = None, pixels_out: Tensor | None = None, grad: Tensor | None = None,
+    weight: float = 1.0, ga: Tensor | None = None, gb: Tensor | None = None, add: bool = False,
+) -> None:  # fmt: skip
+    """Distances into out [n] or pixels_out [n, h, w]. Gradients into ga and gb, or onto them where `add`;
+    their cotangents are `grad` (of either shape) or `weight`."""
     n, C, height, width = a.shape
     spatial = pixels_out is not None or (grad is not None and grad.dim() == 3)
     count = _count(a, kind, mean, spatial)
@@ -196,10 +198,11 @@ def _grams(a: Tensor) -> tuple[Tensor, Tensor]:
     return rows, torch.bmm(rows.transpose(1, 2), rows) / (rows.shape[1] * rows.shape[2])
 
 
-def run_gram(a: Tensor, b: Tensor, mean: bool, *, out: Tensor | None = None, grad: Tensor | None = None,
-             weight: float = 1.0, ga: Tensor | None = None, gb: Tensor | None = None,
-             add: bool = False) -> None:  # fmt: skip
-    """As run_distance. Sums of a matrix are rows of the distance kernel: a Gram matrix is a map of one pixel a row."""
+def run_gram(
+    a: Tensor, b: Tensor, mean: bool, *, out: Tensor | None = None, grad: Tensor | None = None,
+    weight: float = 1.0, ga: Tensor | None = None, gb: Tensor | None = None, add: bool = False,
+) -> None:  # fmt: skip
+    """As run_distance, which also sums: a Gram matrix is a map [C, C] of one channel."""
     (a_rows, a_gram), (b_rows, b_gram) = _grams(a), _grams(b)
     difference = a_gram - b_gram
     if out is not None:

@@ -1,21 +1,22 @@
-"""A frozen VGG trunk on a GPU: which kernel makes which layer, in chunks of images. Specification: vaeops/ref/perceptual.py.
+"""A frozen VGG trunk on a GPU, in chunks of images. Specification: vaeops/ref/perceptual.py.
 
-A layer's convolution is made
-    first     (3 channels in) by Triton, from the raw image of any strides and dtype
-    narrow    (see by_triton) by Triton: bias, ReLU, mask, the pool that follows and the taps are in its epilogue
-    the rest  by ATen, that is cuDNN; bias, ReLU, mask, pool and taps are one more pass
-and the same going back, where the epilogue adds a tap's gradient and selects by the mask. Backward needs no maps:
-`saved` holds, layer by layer, [B, h, w, K / 8] bytes of masks and [B, h, w, K / 4] bytes of pool codes.
+Who makes a layer's convolution:
+    first     (3 channels in) Triton, from the raw image of any strides and dtype
+    narrow    (by_triton) Triton; bias, ReLU, mask, the pool that follows and taps are in its epilogue
+    the rest  ATen, that is cuDNN; bias, ReLU, mask, pool and taps are one more pass
+and the same going back, where the epilogue adds a tap's gradient and selects by the mask. Backward needs no
+maps: `saved` holds, layer by layer, masks [B, h, w, K / 8] and pool codes [B, h, w, K / 4].
 
-Precision. bf16: maps, weights and gradients are bf16, sums fp32; ATen's convolutions round before the bias is added.
-fp32: cuDNN uses TF32 where torch.backends.cudnn allows it, which is PyTorch's default; Triton's products follow the
-same setting and otherwise are 3 x TF32, as exact as fp32. An image's results depend on no other image, up to
-cuDNN's choice of an algorithm by the size of the chunk.
+Precision. bf16: maps, weights and gradients are bf16, sums fp32; ATen's convolutions round before the bias
+is added. fp32: cuDNN uses TF32 where torch.backends.cudnn allows it, which is PyTorch's default; Triton's
+products follow the same setting and otherwise are 3 x TF32, about as exact as fp32. An image's results depend
+on no other image, up to cuDNN's choice of an algorithm by the size of the chunk.
 
-No launch waits for the host and nothing depends on a tensor's value, so all of it can be captured in a CUDA graph.
+No launch waits for the host and nothing depends on a tensor's value, so a CUDA graph can capture all of it.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ NOTHING = (None, None, None)
 
 
 def by_triton(C: int, K: int) -> bool:
-    """Not measured on a GPU yet: below 64 channels a convolution waits for memory, and its epilogue is half of that."""
+    """Up to 64 channels a convolution waits for memory as long as for products. Not measured on a GPU yet."""
     return min(C, K) <= 64 and max(C, K) <= 128
 
 
@@ -42,8 +43,12 @@ def new_map(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 class Convolution(NamedTuple):
     weight: Tensor  # T [K, 3, 3, C]; of the first layer [K, 3, 3, 3], channels first
-    rotated: Tensor | None  # T [C, 3, 3, K], turned by 180 degrees; None where ATen makes it
+    rotated: Tensor  # T [C, 3, 3, K], turned by 180 degrees; empty where ATen makes it
     bias: Tensor  # fp32 [K]
+
+    @property
+    def wide(self) -> bool:
+        return self.rotated.numel() == 0
 
     def aten(self, x: Tensor, transposed: bool) -> Tensor:
         weight = self.weight.permute(0, 3, 1, 2)
@@ -77,17 +82,18 @@ def unpack(packed: Tensor, channels: Sequence[tuple[int, int]], dtype: torch.dty
     """Views of `packed`. channels: (C, K) of each convolution."""
     if dtype is torch.float64:
         raise ValueError("the Triton kernels of a trunk take fp32 and bf16; fp64 runs with impl='ref'")
-    flat, at, found = packed.view(torch.uint8), 0, []
-    for C, K in channels:
-        parts: list[Tensor | None] = []
-        for shape, kind in _parts(C, K, dtype):
-            size = torch.Size(shape).numel() * kind.itemsize
-            parts.append(flat[at : at + size].view(kind).view(shape) if size else None)
-            at += size + -size % ALIGNMENT
-        found.append(Convolution(*parts))  # type: ignore[arg-type]
-    if at != flat.numel():
-        raise ValueError(f"packed holds {flat.numel()} bytes and these layers take {at}: packed by another impl")
-    return found
+    parts = [(torch.Size(shape), kind) for C, K in channels for shape, kind in _parts(C, K, dtype)]
+    sizes = [shape.numel() * kind.itemsize for shape, kind in parts]
+    starts = [0, *accumulate(size + -size % ALIGNMENT for size in sizes)]
+    flat = packed.view(torch.uint8)
+    if starts[-1] != flat.numel():
+        raise ValueError(
+            f"packed holds {flat.numel()} bytes, these layers take {starts[-1]}: packed by another impl"
+        )
+    views = [
+        flat[at : at + size].view(kind).view(shape) for at, size, (shape, kind) in zip(starts, sizes, parts)
+    ]
+    return [Convolution(*views[i : i + 3]) for i in range(0, len(views), 3)]
 
 
 class Trunk:
@@ -99,8 +105,9 @@ class Trunk:
             raise ValueError(f"layers must be multiples of 8 or 0 (a pool), got {list(layers)}")
         self.dtype, self.layers, self.pixels = map_dtype(algorithm, x, *weights), layers, pixels
         inputs = [w.shape[1] for w in weights[::2]]
-        made = iter(unpack(packed, [*zip(inputs, filter(None, layers))], self.dtype))
-        self.convolutions = [next(made) if K else None for K in layers]
+        made = unpack(packed, [*zip(inputs, filter(None, layers))], self.dtype)
+        self.first, each = made[0], iter(made)
+        self.convolutions = [next(each) if K else None for K in layers]
         every_layer = [2 * layer + 1 for layer in range(len(layers))]
         self.sizes = [shape[1:] for shape in map_shapes(x, layers, every_layer)]
         self.batch = x.shape[0]
@@ -114,48 +121,44 @@ class Trunk:
     def new_map(self, like: Tensor, n: int, layer: int) -> Tensor:
         return new_map(like, (n, *self.sizes[layer]), self.dtype)
 
-    def views(self, saved: Tensor) -> list[Tensor]:
-        """[images, bytes] of each layer."""
-        found, at = [], 0
+    def views(self, saved: Tensor | None) -> list[Tensor | None]:
+        """[images, bytes] of each layer: masks or codes; None where nothing is kept."""
         bits = [K * h * w * (1 if out else 2) for out, (K, h, w) in zip(self.layers, self.sizes)]
-        images = saved.numel() // (sum(bits) // 8) if saved.numel() else 0
-        for each in bits:
-            found.append(saved[at : at + images * each // 8].view(images, each // 8))
-            at += images * each // 8
-        return found
+        if saved is None or not saved.numel():
+            return [None] * len(bits)
+        images = saved.numel() * 8 // sum(bits)
+        parts = saved.split([images * each // 8 for each in bits])
+        return [part.view(images, -1) for part in parts]
 
-    def forward(self, x: Tensor, maps: dict[int, Tensor], saved: list[Tensor] | None) -> None:
-        """x [n, 3, H, W]; writes the maps of the taps, and masks and codes."""
-        n, last, v = len(x), len(self.layers) - 1, x
-        for layer, K in enumerate(self.layers):
-            if not K and self.layers[layer - 1]:
-                continue  # made with the convolution before it
-            at = layer if K else layer - 1  # a pool behind a pool is the pool of a layer that does nothing
-            pools = at < last and not self.layers[at + 1]
-            before = y = mask = pooled = code = None
-            if pools:
-                pooled = maps.get(2 * at + 3)
-                pooled = self.new_map(x, n, at + 1) if pooled is None else pooled
-                code = None if saved is None else saved[at + 1]
-            made = self.convolutions[layer]
+    def forward(self, x: Tensor, maps: dict[int, Tensor], saved: Sequence[Tensor | None]) -> None:
+        """x [n, 3, H, W]; writes the maps of the taps, and masks and codes where there is room for them."""
+        n, v, last = len(x), x, len(self.layers) - 1
+        for layer, made in enumerate(self.convolutions):
+            y, pooled, code = maps.get(2 * layer + 1), None, None
             if made is None:
-                pool.run_finish(v, None, False, (None, None, None, pooled, code))
-                v = pooled
+                if not self.layers[layer - 1]:  # other pools are made with the convolution before them
+                    y = self.new_map(x, n, layer) if y is None else y
+                    pool.run_finish(v, None, False, (None, None, None, y, saved[layer]))
+                    v = y
                 continue
-            before, y = maps.get(2 * layer), maps.get(2 * layer + 1)
-            mask = None if saved is None else saved[layer]
-            if y is None and not pools and layer < last:
+            if layer < last and self.convolutions[layer + 1] is None:
+                pooled, code = maps.get(2 * layer + 3), saved[layer + 1]
+                pooled = self.new_map(x, n, layer + 1) if pooled is None else pooled
+            elif layer < last and y is None:
                 y = self.new_map(x, n, layer)
-            outputs = (before, y, mask, pooled, code)
+            outputs = (maps.get(2 * layer), y, saved[layer], pooled, code)
             if layer == 0:
                 conv.run_conv_first(v, self.pixels, made.weight, made.bias, True, outputs)
-            elif made.rotated is not None:
-                conv.run_conv(v, made.weight, made.bias, True, outputs)
-            else:
+            elif made.wide:
                 pool.run_finish(made.aten(v, False), made.bias, True, outputs)
-            v = pooled if pools else y
+            else:
+                conv.run_conv(v, made.weight, made.bias, True, outputs)
+            if pooled is not None:
+                v = pooled
+            elif y is not None:
+                v = y
 
-    def backward(self, grads: dict[int, Tensor], saved: list[Tensor], gx: Tensor) -> None:
+    def backward(self, grads: dict[int, Tensor], saved: Sequence[Tensor | None], gx: Tensor) -> None:
         """gx [n, 3, H, W] from the gradients at the taps, channels_last and in the maps' dtype."""
 
         def at_output(layer: int) -> tuple[Tensor | None, ...]:
@@ -170,9 +173,9 @@ class Trunk:
         pool.run_restrain(None, None, at_output(deepest), g)
         for layer in range(deepest, 0, -1):
             made, below = self.convolutions[layer], at_output(layer - 1)
-            if made is not None and made.rotated is None:
+            if made is not None and made.wide:
                 g = made.aten(g, True)
-                if below != NOTHING:
+                if any(t is not None for t in below):
                     pool.run_restrain(g, None, below, g)
                 continue
             out = self.new_map(gx, n, layer - 1)
@@ -181,10 +184,10 @@ class Trunk:
             else:
                 conv.run_conv_bwd(g, made.rotated, below, out)
             g = out
-        conv.run_conv_first_bwd(g, self.convolutions[0].rotated, self.pixels[3:], gx)
+        conv.run_conv_first_bwd(g, self.first.rotated, self.pixels[3:], gx)
 
 
-def _on(x: Tensor) -> torch.autocast:
+def _without_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -193,11 +196,10 @@ def vgg_features_fwd(x, weights, packed, layers, taps, pixels, algorithm, keep):
     trunk = Trunk(x, weights, packed, layers, pixels, algorithm)
     maps = {tap: trunk.new_map(x, len(x), tap // 2) for tap in taps}
     saved = x.new_empty(saved_bytes(x, layers) if keep else 0, dtype=torch.uint8)
-    with layout.guard(x), _on(x):
-        views = trunk.views(saved) if keep else None
+    with layout.guard(x), _without_autocast(x):
         for part in trunk.chunks():
             here = {tap: m[part] for tap, m in maps.items()}
-            trunk.forward(x[part], here, None if views is None else [v[part] for v in views])
+            trunk.forward(x[part], here, [v if v is None else v[part] for v in trunk.views(saved)])
     return [*maps.values()], saved
 
 
@@ -206,17 +208,18 @@ def vgg_features_bwd(grads, x, weights, packed, saved, layers, taps, pixels, alg
     trunk = Trunk(x, weights, packed, layers, pixels, algorithm)
     gx = torch.empty_like(x, memory_format=torch.contiguous_format)
     like = {"dtype": trunk.dtype, "memory_format": torch.channels_last}
-    with layout.guard(x), _on(x):
-        views = trunk.views(saved)
+    with layout.guard(x), _without_autocast(x):
         for part in trunk.chunks():
             here = {tap: g[part].to(**like) for tap, g in zip(taps, grads) if g is not None}
-            trunk.backward(here, [v[part] for v in views], gx[part])
+            trunk.backward(here, [v if v is None else v[part] for v in trunk.views(saved)], gx[part])
     return gx
 
 
-def perceptual_fwd(x, target, target_maps, weights, packed, lin, layers, taps, pixels, target_pixels, head_tap,
-                   head_kind, head_weight, mean, algorithm, want_grad):  # fmt: skip
-    """`vaeops::perceptual_fwd`: the target's forward, the image's, the heads and the way back, chunk by chunk."""
+def perceptual_fwd(
+    x, target, target_maps, weights, packed, lin, layers, taps, pixels, target_pixels, head_tap, head_kind,
+    head_weight, mean, algorithm, want_grad,
+):  # fmt: skip
+    """`vaeops::perceptual_fwd`: of each chunk the target's maps, the image's, the heads and the way back."""
     trunk = Trunk(x, weights, packed, layers, pixels, algorithm)
     of_target = None if target is None else Trunk(target, weights, packed, layers, target_pixels, algorithm)
     lins = iter([t.contiguous() for t in lin])
@@ -226,18 +229,17 @@ def perceptual_fwd(x, target, target_maps, weights, packed, lin, layers, taps, p
     ]
     losses = x.new_empty((len(heads), len(x)), dtype=torch.float32)
     gx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_grad else None
-    with layout.guard(x), _on(x):
+    with layout.guard(x), _without_autocast(x):
         for part in trunk.chunks():
             n = part.stop - part.start
             if of_target is not None:
                 theirs = {tap: trunk.new_map(x, n, tap // 2) for tap in taps}
-                of_target.forward(target[part], theirs, None)
+                of_target.forward(target[part], theirs, trunk.views(None))
             else:
                 theirs = {tap: m[part] for tap, m in zip(taps, target_maps)}
             ours = {tap: trunk.new_map(x, n, tap // 2) for tap in taps}
-            saved = None
-            if want_grad:
-                saved = trunk.views(x.new_empty(saved_bytes(x[part], layers), dtype=torch.uint8))
+            kept = x.new_empty(saved_bytes(x[part], layers) if want_grad else 0, dtype=torch.uint8)
+            saved = trunk.views(kept)
             trunk.forward(x[part], ours, saved)
             grads: dict[int, Tensor] = {}
             for (tap, kind, weight, of_channels), out in zip(heads, losses):
@@ -246,7 +248,7 @@ def perceptual_fwd(x, target, target_maps, weights, packed, lin, layers, taps, p
                     grads[tap] = torch.empty_like(ours[tap])
                 distance.run(ours[tap], theirs[tap], of_channels, kind, mean, out=out[part], weight=weight,
                              ga=grads.get(tap), add=add)  # fmt: skip
-            if saved is not None:
+            if gx is not None:
                 trunk.backward(grads, saved, gx[part])
     return losses, gx
 
@@ -261,14 +263,14 @@ def vgg_conv(x, weight, bias, packed, transposed, algorithm):
         return y
     bias = None if bias is None else bias.float().contiguous()
     outputs = (y, None, None, None, None)
-    with layout.guard(x), _on(x):
+    with layout.guard(x), _without_autocast(x):
         if C == 3 and not transposed:
             conv.run_conv_first(x, PLAIN, made.weight, bias, False, outputs)
             return y
         x = x.to(dtype=made.weight.dtype, memory_format=torch.channels_last)
         if C == 3:
             conv.run_conv_first_bwd(x, made.rotated, PLAIN[3:], y)
-        elif made.rotated is None:
+        elif made.wide:
             product = made.aten(x, transposed)
             pool.run_finish(product, None if transposed else bias, False, outputs)
         elif transposed:

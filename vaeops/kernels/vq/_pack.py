@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import exponent, is_finite, next_power_of_two, power_of_two
+from ._rows import exponent, is_finite, power_of_two
 
 L2, COSINE, DOT = 0, 1, 2
 PROGRAMS = 64  # that sum the codebook: each leaves one partial sum per dim
@@ -55,16 +55,18 @@ def pack_kernel(
     base,  # fp64 [tiles * G], of the exact score: h / 2, sqrt(h) or 0; NaN for codes that cannot be chosen
     copy,  # the codebook's dtype [tiles, D, G], or None
     codes, dims,
-    METRIC: tl.constexpr, PROGRAMS: tl.constexpr, BLOCKS: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
+    METRIC: tl.constexpr, PROGRAMS: tl.constexpr, G: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     g = tl.arange(0, G)
     k = tile * G + g
     p = tl.arange(0, PROGRAMS)[:, None]
-    block = tl.arange(0, BLOCKS)[None, :]
-    blocks = (dims + BD - 1) // BD
-    top = tl.load(largest + p * blocks + block, mask=block < blocks, other=0.0)
-    top = tl.max(tl.max(top, axis=1), axis=0)
+    parts = PROGRAMS * ((dims + BD - 1) // BD)
+    top = tl.zeros([256], tl.float64)
+    for start in range(0, parts, 256):
+        part = start + tl.arange(0, 256)
+        top = tl.maximum(top, tl.load(largest + part, mask=part < parts, other=0.0))
+    top = tl.max(top, axis=0)
     # |e - mu| < 2 * top, |e / |e|| <= 1: below 2^15, half of fp16's range.
     n = 14 - exponent(top + 0.5 * (top == 0)) if METRIC != 1 else exponent(top) * 0 + 13
     n = tl.minimum(tl.maximum(n, -900), 900)
@@ -164,6 +166,6 @@ def pack(codebook: Tensor, metric: int, compute: torch.dtype, G: int) -> Packed:
     totals_kernel[PROGRAMS, blocks](codebook, total, largest, K, D, -(-K // PROGRAMS), 16, BLOCK_D)
     pack_kernel[(tiles,)](
         codebook, total, largest, *packed[:6], copy, K, D,
-        metric, PROGRAMS, next_power_of_two(blocks), G, BLOCK_D, enable_fp_fusion=False,
+        metric, PROGRAMS, G, BLOCK_D, enable_fp_fusion=False,
     )  # fmt: skip
     return packed

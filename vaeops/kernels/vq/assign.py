@@ -262,9 +262,12 @@ def scores_kernel(
     first: tl.int64, rows: tl.int64, codes: tl.int64, dims,
     METRIC: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    # One dim of programs: a grid's second one ends at 65535.
+    tiles = ((codes + G - 1) // G).to(tl.int32)
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64) * R + tl.arange(0, R)
     row_ok = row < rows
-    k = tl.program_id(1).to(tl.int64) * G + tl.arange(0, G)[None, :]
+    k = (pid % tiles).to(tl.int64) * G + tl.arange(0, G)[None, :]
     ok = row_ok[:, None] & (k < codes)
     start = tl.load(base + k, mask=k < codes, other=float("nan"))
     place = codebook + k * dims + row[:, None] * 0
@@ -333,7 +336,7 @@ def vq_topk(x, codebook, mask, k, metric, exact, int32):
         for first in range(0, rows, step):
             count = min(step, rows - first)
             part = x.new_empty((count, codes), dtype=torch.float64)
-            scores_kernel[-(-count // REFINED_ROWS), -(-codes // TILE)](
+            scores_kernel[(-(-count // REFINED_ROWS) * -(-codes // TILE),)](
                 x, rows_at(x), codebook, base, part, first, count, codes, dims, metric, REFINED_ROWS, TILE,
                 num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip

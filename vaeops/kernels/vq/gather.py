@@ -1,6 +1,7 @@
 """Codes by index with their loss, and the gradient of both, in Triton. Specification: vaeops/ref/vq.py.
 
 T is x's dtype; C is fp64 where x or the codebook is, else fp32. A program walks whole rows, D in steps.
+An index that is no code's counts as -1, so that none reads outside of the codebook.
 """
 
 import torch
@@ -53,7 +54,7 @@ def gather_kernel(
     quantized, quantized_at,  # [N, D]
     loss,  # C, [N] or [1], or None: not wanted
     partial, ticket,  # fp64 [2, programs]: sums and numbers of rows; int32 [1]; None for a loss per row
-    rows: tl.int64, dims, per_program: tl.int32, programs: tl.int32, fill: tl.float64,
+    rows: tl.int64, codes, dims, per_program: tl.int32, programs: tl.int32, fill: tl.float64,
     REDUCTION: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = tl.float64 if quantized.dtype.element_ty == tl.float64 else tl.float32
@@ -64,7 +65,7 @@ def gather_kernel(
         row = (pid * per_program + i).to(tl.int64) * R + tl.arange(0, R)
         row_ok = row < rows
         k = tl.load(indices + row, mask=row_ok, other=-1).to(tl.int64)
-        used = k >= 0
+        used = (k >= 0) & (k < codes)
         square = tl.zeros([R], C)
         bad = tl.zeros([R], tl.int32)
         if x is not None:
@@ -116,23 +117,19 @@ def gather_bwd_kernel(
     codebook,  # [K, D]
     indices,  # int64 or int32 [N]
     gx, gx_at,  # T [N, D]
-    rows: tl.int64, dims,
+    rows: tl.int64, codes, dims,
     ESTIMATOR: tl.constexpr, PER_ROW: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     row_ok = row < rows
     k = tl.load(indices + row, mask=row_ok, other=-1).to(tl.int64)
-    used = k >= 0
+    used = (k >= 0) & (k < codes)
     x = x + row_offset(row, x_at)
     gx = gx + row_offset(row, gx_at)
     if gq is not None:
         gq = gq + row_offset(row, gq_at)
     if w is not None:
         weight = 2 * tl.load(w + (row if PER_ROW else row * 0), mask=row_ok, other=0.0).to(C)
-    # The rotation is E = to_g * g + to_x * x + to_e * e.
-    to_g = tl.full([R], 1.0, C)
-    to_x = tl.zeros([R], C)
-    to_e = tl.zeros([R], C)
     if gq is not None and ESTIMATOR == 2:
         xx = tl.zeros([R], C)
         ee = tl.zeros([R], C)
@@ -157,11 +154,11 @@ def gather_bwd_kernel(
             t += load_codes(codebook, k, d, dims, used, C) * inverse_e[:, None]
             tt += tl.sum(t * t, axis=1)
         stays = (norm_x < 1e-6) | (norm_e < 1e-6) | (root(tt) < 1e-6)
-        ratio = norm_e * inverse_x
+        # The rotation is to_g * g + to_x * x + to_e * e.
+        to_g = norm_e * inverse_x
         along_t = divide(2 * (xg * inverse_x + eg * inverse_e), tt)
-        to_g = tl.where(stays, 1.0, ratio)
-        to_x = tl.where(stays, 0.0, ratio * (2 * eg * inverse_e - along_t) * inverse_x)
-        to_e = tl.where(stays, 0.0, -ratio * along_t * inverse_e)
+        to_x = to_g * (2 * eg * inverse_e - along_t) * inverse_x
+        to_e = -to_g * along_t * inverse_e
     for first in range(0, dims, BD):
         d = first + tl.arange(0, BD)
         v = load_rows(x, d, dims, x_at[0], used, C)
@@ -170,8 +167,8 @@ def gather_bwd_kernel(
         if gq is not None and ESTIMATOR > 0:
             total = load_rows(gq, d, dims, gq_at[0], used, C)
             if ESTIMATOR == 2:
-                total = to_g[:, None] * total
-                total += to_x[:, None] * v + to_e[:, None] * e
+                turned = to_g[:, None] * total + to_x[:, None] * v + to_e[:, None] * e
+                total = tl.where(stays[:, None], total, turned)
         if w is not None:
             total += weight[:, None] * (v - e)
         total = tl.where(used[:, None], total, 0.0)
@@ -181,7 +178,7 @@ def gather_bwd_kernel(
 
 def vq_gather(indices, codebook, x, fill, reduction):
     """`vaeops::vq_gather`: one launch."""
-    dims = codebook.shape[1]
+    codes, dims = codebook.shape
     quantized = codebook.new_empty((*indices.shape, dims)) if x is None else torch.empty_like(x)
     compute = accumulator(x, codebook)
     loss = None
@@ -198,8 +195,9 @@ def vq_gather(indices, codebook, x, fill, reduction):
     with layout.guard(codebook):
         gather_kernel[(programs,)](
             indices.contiguous(), codebook.contiguous(), x, rows_at(x), quantized, rows_at(quantized), loss,
-            partial, layout.tickets(codebook, 1) if summed else None, rows, dims, per_program, programs, fill,
-            reduction, TRITON[compute], R, BD, num_warps=warps, enable_fp_fusion=False,
+            partial, layout.tickets(codebook, 1) if summed else None,
+            rows, codes, dims, per_program, programs, fill, reduction, TRITON[compute], R, BD,
+            num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return quantized, loss
 
@@ -207,7 +205,7 @@ def vq_gather(indices, codebook, x, fill, reduction):
 def vq_gather_bwd(gq, w, x, codebook, indices, estimator):
     """`vaeops::vq_gather_bwd`: one launch."""
     gx = torch.empty_like(x)
-    rows, dims = indices.numel(), x.shape[-1]
+    rows, (codes, dims) = indices.numel(), codebook.shape
     if rows == 0:
         return gx
     compute = accumulator(x, codebook)
@@ -215,7 +213,7 @@ def vq_gather_bwd(gq, w, x, codebook, indices, estimator):
     with layout.guard(x):
         gather_bwd_kernel[(-(-rows // R),)](
             gq, rows_at(gq), None if w is None else w.contiguous(), x, rows_at(x), codebook.contiguous(),
-            indices.contiguous(), gx, rows_at(gx), rows, dims,
+            indices.contiguous(), gx, rows_at(gx), rows, codes, dims,
             estimator, w is not None and w.dim() > 0, TRITON[compute], R, BD,
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip

@@ -148,7 +148,10 @@ def _batch_features(cut: Cut, x: Tensor, impl: str | None) -> list[Tensor]:
             v = F.batch_norm(v, None, None, *cut.norms[at], training=True, eps=cut.norm_eps)
             if 2 * layer in cut.taps:
                 maps.append(v)
-            v, at = v.relu(), at + 1
+                v = v.relu()
+            else:
+                v = v.relu_()
+            at += 1
         if 2 * layer + 1 in cut.taps:
             maps.append(v)
     return maps
