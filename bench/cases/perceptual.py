@@ -4,7 +4,7 @@ The eager rows are what people run: hooks on a whole frozen VGG16, the same net 
 in bf16 and channels_last. LPIPS runs against its own package, the workshop's loss against its literal code.
 """
 
-import importlib.util
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import vaeops
 
+from .. import peers
 from ..case import COMPILE, Inputs, Row, our_impls
 
 TAPS = ("relu2_1", "relu3_3")
@@ -206,9 +207,7 @@ def _lpips_trunk(device: torch.device) -> vaeops.VGGTrunk:
 
 def _lpips_package(device: torch.device) -> nn.Module:
     """The package's own module, its VGG given our weights."""
-    import lpips
-
-    package = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    package = peers.lpips_module(net="vgg")
     layers = [m for name, part in package.net.named_children() if name.startswith("slice") for m in part]
     weights = [m for m in _lpips_trunk(device).sequential() if isinstance(m, nn.Conv2d)]
     for theirs, ours in zip((m for m in layers if isinstance(m, nn.Conv2d)), weights, strict=True):
@@ -225,7 +224,7 @@ class LPIPSCase(LossCase):
 
     def rows(self, device: torch.device, compiled: bool) -> list[Row]:
         ours, rows = vaeops.nn.LPIPS(_lpips_trunk(device), "0.1", reduction="mean"), []
-        if importlib.util.find_spec("lpips"):
+        with contextlib.suppress(ImportError):
             package = _lpips_package(device)
             rows.append(Row("lpips", lambda x, target: (package(x, target).mean(),)))
         return [

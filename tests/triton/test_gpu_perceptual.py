@@ -46,9 +46,11 @@ def relative(ours, want):
 def terms():
     lin = [torch.rand(k, device="cuda") for k in CHANNELS]
     return [
-        vaeops.Term("mse", TAPS), vaeops.Term("lpips", LPIPS_TAPS, lin=lin), vaeops.Term("gram", LPIPS_TAPS[:3]),
+        vaeops.Term("mse", TAPS),
+        vaeops.Term("lpips", LPIPS_TAPS, lin=lin),
+        vaeops.Term("gram", LPIPS_TAPS[:3]),
         vaeops.Term("smooth_l1", ("relu2_1", "conv3_3")),
-    ]  # fmt: skip
+    ]
 
 
 def run(x, target, trunk, impl="triton", terms=None):
@@ -115,16 +117,15 @@ def test_tf32_where_pytorch_allows_it():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_chunks(precision, monkeypatch):
     """Bit-equal where Triton makes all layers; to rounding where cuDNN chooses by the size of the chunk."""
-    trunk, (x, target) = net(precision), images(6, 40, 33)
-    monkeypatch.setattr(driver, "by_triton", lambda C, K: True)
-    exact = run(x, target, net(precision))
-    monkeypatch.setattr(driver, "CHUNK_BYTES", 1)
-    assert all(torch.equal(a, b) for a, b in zip(run(x, target, net(precision)), exact))
-    monkeypatch.undo()
-    whole = run(x, target, trunk)
-    monkeypatch.setattr(driver, "CHUNK_BYTES", 1)
-    for a, b in zip(run(x, target, trunk), whole):
-        assert relative(a, b) < (2e-3 if precision == "fp32" else 0.1)
+    x, target = images(6, 40, 33)
+    for everything, most in ((True, 0.0), (False, 2e-3 if precision == "fp32" else 0.1)):
+        with monkeypatch.context() as patch:
+            if everything:
+                patch.setattr(driver, "by_triton", lambda C, K: True)
+            trunk = net.__wrapped__(precision)  # packed for these kernels
+            whole = run(x, target, trunk)
+            patch.setattr(driver, "CHUNK_BYTES", 1)
+            assert all(relative(a, b) <= most for a, b in zip(run(x, target, trunk), whole))
 
 
 def test_it_synchronises_nowhere_and_repeats_its_bits():
@@ -188,7 +189,8 @@ def test_feature_distance(kind, dtype):
                 d = vaeops.feature_distance(
                     x, y, kind=kind, lin=lin, spatial=spatial, reduction="none", impl=impl
                 )
-                found.append((d.detach(), *torch.autograd.grad(d.sum(), (x, y))))
+                large = torch.full_like(d, 1e9 if kind == "gram" else 1e4)  # fp16 has a short range
+                found.append((d.detach(), *torch.autograd.grad(d, (x, y), large)))
             for ours, want in zip(*found):
                 assert ours.isfinite().all()
                 assert relative(ours, want) < {torch.float16: 1e-3, torch.bfloat16: 5e-3}.get(dtype, 1e-5)
