@@ -2,7 +2,7 @@
 //
 // The usual call (log-variance, prior N(0, I), temperature 1) is compiled apart (kPlain), for noise drawn here and for
 // noise given, so that everything it needs stays in registers; the general one tests flags that do not change within a
-// tile.
+// tile. The tile functions are not inlined: side by side in one function they would share its registers.
 enum class Noisy { drawn, given, either };  // either: t.noise tells, and there may be none
 
 using Options = TileOptions<float>;
@@ -107,7 +107,7 @@ VAEOPS_INLINE void forward_block(const ForwardTile<T>& t, int64_t i, const Optio
 }
 
 template <Noisy kNoisy, class T>
-static void forward_tile(const ForwardTile<T>& t, const Options& o) {
+static __attribute__((noinline)) void forward_tile(const ForwardTile<T>& t, const Options& o) {
   constexpr bool kPlain = kNoisy != Noisy::either;
   Normals normals;
   if (kNoisy != Noisy::given && t.noise.drawn) normals.start(t.noise.key, t.noise.counter);
@@ -221,7 +221,7 @@ VAEOPS_INLINE void backward_block(const BackwardTile<T>& t, int64_t i, const Opt
 }
 
 template <Noisy kNoisy, class T>
-static void backward_tile(const BackwardTile<T>& t, const Options& o) {
+static __attribute__((noinline)) void backward_tile(const BackwardTile<T>& t, const Options& o) {
   constexpr bool kPlain = kNoisy != Noisy::either;
   Normals normals;
   if (kNoisy != Noisy::given && t.noise.drawn) normals.start(t.noise.key, t.noise.counter);
