@@ -393,16 +393,35 @@ def run_strided(mu, rho, prior, gz, impl):
     return z, kl, *grads
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 5, 6), (2, 8, 16, 16)])
-def test_channels_last_keeps_its_format_and_its_noise(isa, shape):
-    mu, rho = (torch.randn(shape) for _ in range(2))
-    last = [t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in (mu, rho)]
-    z, kl, _ = vaeops.reparam_kl(*last, seed=SEED, reduction="sample")
-    plain = vaeops.reparam_kl(mu, rho, seed=SEED, reduction="sample")
-    assert z.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(z, plain.z) and torch.equal(kl, plain.kl)
-    (z.sum() + kl.sum()).backward()
-    assert all(t.grad.is_contiguous(memory_format=torch.channels_last) for t in last)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("streams", [(), (5,)])
+@pytest.mark.parametrize("shape", [(5, 8, 5, 6), (5, 8, 16, 16), (5, 5, 13, 11), (5, 12, 64, 41)])
+def test_channels_last_keeps_its_format_and_its_noise(isa, shape, streams, dtype):
+    plain = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(2)]
+    last = [
+        t.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+        for t in (plain[0], plain[1])
+    ]
+    seed = rng.split(SEED, 5) if streams else SEED
+    gz, gkl = torch.randn(shape).to(dtype), torch.rand(5)
+    outputs = []
+    for leaves in (plain, last):
+        z, kl, _ = vaeops.reparam_kl(*leaves, seed=seed, reduction="sample")
+        torch.autograd.backward([z, kl], [gz.to(memory_format=torch.channels_last), gkl.to(kl.dtype)])
+        outputs.append((z, kl))
+    (z, kl), (z_last, kl_last) = outputs
+    assert z_last.is_contiguous(memory_format=torch.channels_last) and torch.equal(z, z_last)
+    torch.testing.assert_close(kl_last, kl, rtol=1e-6, atol=0)  # summed in the order of memory
+    for a, b in zip(plain, last):
+        assert b.grad.is_contiguous(memory_format=torch.channels_last) and torch.equal(a.grad, b.grad)
+
+
+def test_packed_channels_last_is_packed():
+    moments = torch.randn(2, 8, 16, 16)
+    last = moments.contiguous(memory_format=torch.channels_last)
+    runs = [vaeops.reparam_kl_packed(m, seed=SEED, reduction="sample") for m in (moments, last)]
+    assert torch.equal(runs[0].z, runs[1].z)
+    torch.testing.assert_close(runs[0].kl, runs[1].kl, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, -1])

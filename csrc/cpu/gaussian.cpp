@@ -33,6 +33,29 @@ TileOptions<C> tile_options(const Gaussian& call) {
           static_cast<C>(call.temperature)};
 }
 
+constexpr int64_t kSwappedTile = 8192;  // elements of a tile whose noise is transposed
+constexpr int64_t kMostSwapped = 256;   // with more channels, or fewer positions, the stretches of noise are too short
+constexpr int64_t kLeastPositions = 64;
+
+// Operands whose last two dims [C, P] lie in memory the other way round, as in channels_last, are walked as [P, C], in
+// the order of memory. Then only the noise, which counts elements in logical order, is out of order.
+bool swap_dims(Gaussian& call, std::initializer_list<Operand*> operands) {
+  Shape& shape = call.shape;
+  const int p = shape.ndim - 1, c = p - 1;
+  if (c < 0 || shape.size[c] > kMostSwapped || shape.size[p] < kLeastPositions) return false;
+  if (shape.width % (shape.size[c] * shape.size[p]) != 0) return false;  // a row would not stay one
+  for (const Operand* x : {&call.mu, &call.rho}) {
+    if (x->stride[c] != 1 || x->stride[p] < shape.size[c]) return false;
+  }
+  std::swap(shape.size[c], shape.size[p]);
+  for (Operand* x : operands) {
+    std::swap(x->stride[c], x->stride[p]);
+    x->linear = true;
+    for (int64_t d = p, step = 1; d >= 0; step *= shape.size[d--]) x->linear = x->linear && x->stride[d] == step;
+  }
+  return true;
+}
+
 // Rows and tasks end together, so a tile of up to a whole task is whole rows, or lies within one.
 bool rows_fit_tasks(const Shape& shape) {
   return shape.width > 0 && (kChunk % shape.width == 0 || shape.width % kChunk == 0);
@@ -40,61 +63,99 @@ bool rows_fit_tasks(const Shape& shape) {
 
 // Elements that a kernel takes at a time: a whole task where every operand is used in place, so no buffer limits it.
 template <class T>
-int64_t tile_step(const Gaussian& call, std::initializer_list<const Operand*> operands) {
+int64_t tile_step(const Gaussian& call, bool swapped, std::initializer_list<const Operand*> operands) {
+  const bool drawn_here = swapped && call.noise.seed != nullptr;
   bool in_place = sizeof(T) < 8 && call.prior_mu.data == nullptr && call.eps.data == nullptr &&
-                  (call.noise.seed == nullptr || (call.noise.streams == 1 && call.shape.width % 4 == 0));
+                  (call.noise.seed == nullptr || swapped || (call.noise.streams == 1 && call.shape.width % 4 == 0));
   const int last = call.shape.ndim - 1;
   // No tile may cross the end of a run (say a sample's mu among packed moments): it would not fit the buffer.
   const bool even = call.shape.size[last] % kChunk == 0 && rows_fit_tasks(call.shape);
   for (const Operand* x : operands) {
     in_place = in_place && (x->data == nullptr || x->linear || (even && x->stride[last] == 1));
   }
-  return in_place ? kChunk : kTile;
+  return !in_place ? kTile : drawn_here ? kSwappedTile : kChunk;
 }
 
-// The noise of elements [begin, begin + n): left to the kernel where it starts on a Philox block of the only stream and
-// is computed in fp32, else made here, in `buffer`.
-template <class C>
-TileNoise<C> tile_noise(const Gaussian& call, int64_t begin, int64_t n, C* buffer) {
-  TileNoise<C> noise;
-  noise.eps = read_as<C>(call.eps, call.shape, begin, n, buffer);
-  if (call.noise.seed == nullptr) return noise;
-  if (sizeof(C) == 4 && call.noise.streams == 1 && begin % 4 == 0) {
-    noise.drawn = true;
-    noise.key = static_cast<uint64_t>(call.noise.seed[0]);
-    noise.counter = static_cast<uint64_t>(call.noise.seed[1]) + static_cast<uint64_t>(begin / 4);
-    return noise;
-  }
-  alignas(64) float normals[kTile];
+// Normals [begin, begin + n) of the call in logical order.
+void draw(const Gaussian& call, int64_t begin, int64_t n, float* out) {
   const int64_t length = call.shape.n / call.noise.streams;
   for (int64_t i = 0; i < n;) {
     const int64_t stream = (begin + i) / length, first = (begin + i) % length, count = std::min(n - i, length - first);
     const int64_t* seed = call.noise.seed + 2 * stream;
     VAEOPS_DISPATCH(fill_normals)
-    (normals + i, count, static_cast<uint64_t>(seed[0]), static_cast<uint64_t>(seed[1]), first);
+    (out + i, count, static_cast<uint64_t>(seed[0]), static_cast<uint64_t>(seed[1]), first);
     i += count;
   }
-  std::copy(normals, normals + n, buffer);
+}
+
+// The normals of elements [begin, begin + n) of swapped dims: drawn along P, which counts them, then transposed.
+void draw_swapped(const Gaussian& call, int64_t begin, int64_t n, float* out) {
+  constexpr int64_t kRows = 4, kPad = 16;  // rows a whole number of pages apart would share cache sets
+  alignas(64) float rows[kSwappedTile + kRows * (kPad + 2)], positions[kSwappedTile + 2 * kMostSwapped];
+  const int last = call.shape.ndim - 1;
+  const int64_t channels = call.shape.size[last], block = channels * call.shape.size[last - 1];
+  for (int64_t at = begin, end = begin + n; at < end;) {
+    const int64_t origin = at / block * block, stop = std::min(end, origin + block);
+    const int64_t first = (at - origin) / channels, count = ceil_div(stop - origin, channels) - first;
+    // Whole positions are made; only where a tile begins or ends within one are they cut.
+    const int64_t cut = at - origin - first * channels;
+    float* const to = cut == 0 && (stop - origin) % channels == 0 ? out + (at - begin) : positions;
+    for (int64_t c = 0; c < channels; c += kRows) {
+      const int64_t some = std::min(kRows, channels - c);
+      for (int64_t k = 0; k < some; ++k) {
+        draw(call, origin + (c + k) * call.shape.size[last - 1] + first, count, rows + k * (count + kPad));
+      }
+      VAEOPS_DISPATCH(interleave)(rows, count + kPad, some, count, to + c, channels);
+    }
+    if (to == positions) copy(positions + cut, out + (at - begin), stop - at);
+    at = stop;
+  }
+}
+
+// The noise of elements [begin, begin + n): left to the kernel where it starts on a Philox block of the only stream and
+// is computed in fp32, else made here, in `buffer`.
+template <class C>
+TileNoise<C> tile_noise(const Gaussian& call, bool swapped, int64_t begin, int64_t n, C* buffer) {
+  TileNoise<C> noise;
+  noise.eps = read_as<C>(call.eps, call.shape, begin, n, buffer);
+  if (call.noise.seed == nullptr) return noise;
+  if (sizeof(C) == 4 && !swapped && call.noise.streams == 1 && begin % 4 == 0) {
+    noise.drawn = true;
+    noise.key = static_cast<uint64_t>(call.noise.seed[0]);
+    noise.counter = static_cast<uint64_t>(call.noise.seed[1]) + static_cast<uint64_t>(begin / 4);
+    return noise;
+  }
+  if constexpr (sizeof(C) == 4) {
+    swapped ? draw_swapped(call, begin, n, buffer) : draw(call, begin, n, buffer);
+  } else {
+    alignas(64) float normals[kTile];
+    swapped ? draw_swapped(call, begin, n, normals) : draw(call, begin, n, normals);
+    std::copy(normals, normals + n, buffer);
+  }
   noise.eps = buffer;
   return noise;
 }
 
 template <class T>
-void forward_typed(const GaussianForward& call, ParallelFor parallel) {
+void forward_typed(GaussianForward call, ParallelFor parallel) {
   using C = compute_t<T>;
+  // An output of one number an element, or a dim, is in logical order.
+  const bool logical = call.reduction == Reduction::none || call.reduction == Reduction::dim;
+  const bool swapped =
+      !logical && swap_dims(call, {&call.mu, &call.rho, &call.prior_mu, &call.prior_rho, &call.eps, &call.z});
   const Shape& shape = call.shape;
   const auto options = tile_options<C>(call);
-  const int64_t step = tile_step<T>(call, {&call.mu, &call.rho, &call.z});
+  const int64_t step = tile_step<T>(call, swapped, {&call.mu, &call.rho, &call.z});
   reduce_tiles(shape, call.reduction, static_cast<C*>(call.kl), step, parallel,
                [&](int64_t begin, int64_t n, const Sink<C>& sink) {
                  alignas(64) T mu[kTile], rho[kTile], z[kTile];
-                 alignas(64) C prior_mu[kTile], prior_rho[kTile], eps[kTile];
+                 alignas(64) C prior_mu[kTile], prior_rho[kTile], eps[kSwappedTile];
                  ForwardTile<T> t;
                  t.mu = read(call.mu, shape, begin, n, mu);
                  t.rho = read(call.rho, shape, begin, n, rho);
                  t.prior_mu = read_as<C>(call.prior_mu, shape, begin, n, prior_mu);
                  t.prior_rho = read_as<C>(call.prior_rho, shape, begin, n, prior_rho);
-                 t.noise = tile_noise<C>(call, begin, n, eps);
+                 t.noise = tile_noise<C>(call, swapped, begin, n, eps);
                  t.z = target(call.z, shape, begin, n, z);
                  t.kl = sink;
                  t.n = n;
@@ -142,8 +203,11 @@ class PriorGradient {
 };
 
 template <class T>
-void backward_typed(const GaussianBackward& call, ParallelFor parallel) {
+void backward_typed(GaussianBackward call, ParallelFor parallel) {
   using C = compute_t<T>;
+  const bool swapped = swap_dims(call, {&call.mu, &call.rho, &call.prior_mu, &call.prior_rho, &call.eps, &call.gz,
+                                        &call.gkl, &call.gmu, &call.grho});
+  if (swapped) std::swap(call.prior_stride[call.shape.ndim - 2], call.prior_stride[call.shape.ndim - 1]);
   const Shape& shape = call.shape;
   const auto options = tile_options<C>(call);
   const C factor = static_cast<C>(reduction_scale(call.reduction, shape));
@@ -162,7 +226,7 @@ void backward_typed(const GaussianBackward& call, ParallelFor parallel) {
 
   const auto tile = [&](int64_t group, int64_t begin, int64_t n) {
     alignas(64) T gz[kTile], mu[kTile], rho[kTile], gmu[kTile], grho[kTile];
-    alignas(64) C gkl[kTile], prior_mu[kTile], prior_rho[kTile], eps[kTile], gprior_mu[kTile], gprior_rho[kTile];
+    alignas(64) C gkl[kTile], prior_mu[kTile], prior_rho[kTile], eps[kSwappedTile], gprior_mu[kTile], gprior_rho[kTile];
     BackwardTile<T> t;
     t.gz = read(call.gz, shape, begin, n, gz);
     t.gkl = nullptr;
@@ -185,7 +249,7 @@ void backward_typed(const GaussianBackward& call, ParallelFor parallel) {
     t.rho = read(call.rho, shape, begin, n, rho);
     t.prior_mu = read_as<C>(call.prior_mu, shape, begin, n, prior_mu);
     t.prior_rho = read_as<C>(call.prior_rho, shape, begin, n, prior_rho);
-    if (t.gz != nullptr) t.noise = tile_noise<C>(call, begin, n, eps);
+    if (t.gz != nullptr) t.noise = tile_noise<C>(call, swapped, begin, n, eps);
     t.gmu = target(call.gmu, shape, begin, n, gmu);
     t.grho = target(call.grho, shape, begin, n, grho);
     t.gprior_mu = prior.wanted() ? gprior_mu : nullptr;
@@ -198,8 +262,9 @@ void backward_typed(const GaussianBackward& call, ParallelFor parallel) {
   };
 
   if (!prior.wanted()) {
-    const int64_t step =
-        one_weight || row_weights ? tile_step<T>(call, {&call.mu, &call.rho, &call.gz, &call.gmu, &call.grho}) : kTile;
+    const int64_t step = one_weight || row_weights
+                             ? tile_step<T>(call, swapped, {&call.mu, &call.rho, &call.gz, &call.gmu, &call.grho})
+                             : kTile;
     // As many whole rows as a tile holds, or tiles that end where a row does.
     const int64_t row = !row_weights ? shape.n : shape.width < step ? step / shape.width * shape.width : shape.width;
     for_each_tile(shape.n, row, step, parallel, [&](int64_t begin, int64_t n) { tile(0, begin, n); });

@@ -1,7 +1,9 @@
 // The Gaussian step on contiguous tiles, for one instruction set. No include guard: see foreach_isa.h.
 //
-// The usual call (log-variance, prior N(0, I), temperature 1, noise drawn here) is compiled apart (kPlain), so that
-// everything it needs stays in registers; the general one tests flags that do not change within a tile.
+// The usual call (log-variance, prior N(0, I), temperature 1) is compiled apart (kPlain), for noise drawn here and for
+// noise given, so that everything it needs stays in registers; the general one tests flags that do not change within a
+// tile. The tile functions are not inlined: side by side in one function they would share its registers.
+enum class Noisy { drawn, given, either };  // either: t.noise tells, and there may be none
 
 using Options = TileOptions<float>;
 
@@ -59,6 +61,15 @@ VAEOPS_INLINE F inverse_sigma(F rho, Param param) {
   return exp_parts(at_most(set1(0.0f) - h, 88.0f)).sigma;
 }
 
+template <Noisy kNoisy>
+VAEOPS_INLINE void next_noise(const TileNoise<float>& from, int64_t i, Normals& normals, F (&noise)[kVectors]) {
+  if (kNoisy == Noisy::drawn || (kNoisy == Noisy::either && from.drawn)) {
+    normals.next(noise);
+  } else if (kNoisy == Noisy::given || from.eps != nullptr) {
+    for (int v = 0; v < kVectors; ++v) noise[v] = load(from.eps + i + v * kWidth);
+  }
+}
+
 VAEOPS_INLINE F clamp(F rho, const Options& o) { return at_least(at_most(rho, o.clamp_hi), o.clamp_lo); }
 
 template <bool kPlain, class T>
@@ -76,8 +87,7 @@ VAEOPS_INLINE void forward_block(const ForwardTile<T>& t, int64_t i, const Optio
     const Exp e = exp_parts(lv * set1(0.5f));
     if (plain || t.noise.any()) {
       const F sigma = !plain && param == Param::std ? rho : e.sigma;
-      const F eps = plain || t.noise.drawn ? noise[v] : load(t.noise.eps + at);
-      store(t.z + at, fma(plain ? sigma : sigma * set1(o.temperature), eps, mu));
+      store(t.z + at, fma(plain ? sigma : sigma * set1(o.temperature), noise[v], mu));
     }
     if (!plain && elements == nullptr && !t.kl.any()) continue;
     F twice;  // 2 KL
@@ -96,17 +106,18 @@ VAEOPS_INLINE void forward_block(const ForwardTile<T>& t, int64_t i, const Optio
   }
 }
 
-template <bool kPlain, class T>
-static void forward_tile(const ForwardTile<T>& t, const Options& o) {
+template <Noisy kNoisy, class T>
+static __attribute__((noinline)) void forward_tile(const ForwardTile<T>& t, const Options& o) {
+  constexpr bool kPlain = kNoisy != Noisy::either;
   Normals normals;
-  if (kPlain || t.noise.drawn) normals.start(t.noise.key, t.noise.counter);
+  if (kNoisy != Noisy::given && t.noise.drawn) normals.start(t.noise.key, t.noise.counter);
   const Sink<float>& kl = t.kl;
   F noise[kVectors], lanes[kVectors];
   for (int v = 0; v < kVectors; ++v) lanes[v] = kl.lanes != nullptr ? load(kl.lanes + v * kWidth) : set1(0.0f);
   int64_t i = 0;
   for (int64_t end = kl.row_sums != nullptr ? kl.row : t.n; end <= t.n; end += kl.row) {
     for (; end - i >= kBlock; i += kBlock) {
-      if (kPlain || t.noise.drawn) normals.next(noise);
+      next_noise<kNoisy>(t.noise, i, normals, noise);
       forward_block<kPlain>(t, i, o, noise, lanes, kl.elements == nullptr ? nullptr : kl.elements + i);
     }
     if (kl.row_sums == nullptr) break;
@@ -141,7 +152,7 @@ static void forward_tile(const ForwardTile<T>& t, const Options& o) {
     copy(t.noise.eps + i, eps, rest);
     padded.noise.eps = eps;
   }
-  if (t.noise.drawn) normals.next(noise);
+  next_noise<kNoisy>(padded.noise, 0, normals, noise);
   forward_block<false>(padded, 0, o, noise, lanes, kl.any() ? elements : nullptr);
   if (t.noise.any()) copy(z, t.z + i, rest);
   if (kl.elements != nullptr) copy(elements, kl.elements + i, rest);
@@ -152,9 +163,11 @@ static void forward_tile(const ForwardTile<T>& t, const Options& o) {
 
 template <class T>
 static void forward(const ForwardTile<T>& t, const Options& o) {
-  const bool plain = o.param == Param::logvar && o.temperature == 1.0f && t.prior_mu == nullptr && t.noise.drawn &&
+  const bool plain = o.param == Param::logvar && o.temperature == 1.0f && t.prior_mu == nullptr && t.noise.any() &&
                      (t.kl.lanes != nullptr || t.kl.row_sums != nullptr);
-  plain ? forward_tile<true>(t, o) : forward_tile<false>(t, o);
+  !plain          ? forward_tile<Noisy::either>(t, o)
+  : t.noise.drawn ? forward_tile<Noisy::drawn>(t, o)
+                  : forward_tile<Noisy::given>(t, o);
 }
 
 template <bool kPlain, class T>
@@ -193,10 +206,9 @@ VAEOPS_INLINE void backward_block(const BackwardTile<T>& t, int64_t i, const Opt
     if (!plain && param == Param::std) g_rho = g_rho / rho;
     if (plain || t.gz != nullptr) {
       const F gz = load(t.gz + at);
-      const F eps = plain || t.noise.drawn ? noise[v] : load(t.noise.eps + at);
       const F scaled = plain ? gz : gz * set1(o.temperature);
       g_mu = plain ? fma(w, mu, gz) : g_mu + gz;
-      g_rho = fma(!plain && param == Param::std ? scaled : scaled * e.sigma, eps, g_rho);
+      g_rho = fma(!plain && param == Param::std ? scaled : scaled * e.sigma, noise[v], g_rho);
     }
     if (param == Param::logvar) g_rho = g_rho * set1(0.5f);
     if (o.clamped) {
@@ -208,10 +220,11 @@ VAEOPS_INLINE void backward_block(const BackwardTile<T>& t, int64_t i, const Opt
   }
 }
 
-template <bool kPlain, class T>
-static void backward_tile(const BackwardTile<T>& t, const Options& o) {
+template <Noisy kNoisy, class T>
+static __attribute__((noinline)) void backward_tile(const BackwardTile<T>& t, const Options& o) {
+  constexpr bool kPlain = kNoisy != Noisy::either;
   Normals normals;
-  if (kPlain || t.noise.drawn) normals.start(t.noise.key, t.noise.counter);
+  if (kNoisy != Noisy::given && t.noise.drawn) normals.start(t.noise.key, t.noise.counter);
   F noise[kVectors];
   int64_t i = 0;
   const bool rows = t.row > 0;
@@ -219,7 +232,7 @@ static void backward_tile(const BackwardTile<T>& t, const Options& o) {
   for (int64_t end = rows ? t.row : t.n; end <= t.n; end += t.row) {
     const F weight = set1(rows ? t.gkl[end / t.row - 1] : t.weight);
     for (; end - i >= kBlock; i += kBlock) {
-      if (kPlain || t.noise.drawn) normals.next(noise);
+      next_noise<kNoisy>(t.noise, i, normals, noise);
       backward_block<kPlain>(t, i, o, noise, gkl, weight);
     }
     if (!rows) break;
@@ -255,7 +268,7 @@ static void backward_tile(const BackwardTile<T>& t, const Options& o) {
     padded.gprior_mu = gprior_mu;
     padded.gprior_rho = gprior_rho;
   }
-  if (t.noise.drawn) normals.next(noise);
+  next_noise<kNoisy>(padded.noise, 0, normals, noise);
   backward_block<kPlain>(padded, 0, o, noise, gkl != nullptr ? gkl_rest : nullptr, set1(t.weight));
   copy(gmu, t.gmu + i, rest);
   copy(grho, t.grho + i, rest);
@@ -268,8 +281,10 @@ static void backward_tile(const BackwardTile<T>& t, const Options& o) {
 template <class T>
 static void backward(const BackwardTile<T>& t, const Options& o) {
   const bool plain =
-      o.param == Param::logvar && o.temperature == 1.0f && t.prior_mu == nullptr && t.noise.drawn && t.gz != nullptr;
-  plain ? backward_tile<true>(t, o) : backward_tile<false>(t, o);
+      o.param == Param::logvar && o.temperature == 1.0f && t.prior_mu == nullptr && t.noise.any() && t.gz != nullptr;
+  !plain          ? backward_tile<Noisy::either>(t, o)
+  : t.noise.drawn ? backward_tile<Noisy::drawn>(t, o)
+                  : backward_tile<Noisy::given>(t, o);
 }
 
 // log N(x; mu, sigma^2) = -(t^2 + log sigma^2 + log 2 pi) / 2, t = (x - mu) / sigma

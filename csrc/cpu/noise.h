@@ -97,6 +97,12 @@ VAEOPS_INLINE I high_words(I even, I odd) { return _mm512_mask_shuffle_epi32(odd
 VAEOPS_INLINE I lane_blocks(uint64_t m) { return _mm512_setr_epi64(0, 4 * m, m, 5 * m, 2 * m, 6 * m, 3 * m, 7 * m); }
 VAEOPS_INLINE F low_pairs(F a, F b) { return _mm512_unpacklo_ps(a, b); }
 VAEOPS_INLINE F high_pairs(F a, F b) { return _mm512_unpackhi_ps(a, b); }
+VAEOPS_INLINE F low_quads(F a, F b) { return floats(_mm512_unpacklo_epi64(bits(a), bits(b))); }
+VAEOPS_INLINE F high_quads(F a, F b) { return floats(_mm512_unpackhi_epi64(bits(a), bits(b))); }
+template <int kLane>
+VAEOPS_INLINE void store_quad(float* p, F x) {
+  _mm_storeu_ps(p, _mm512_extractf32x4_ps(x, kLane));
+}
 #else
 VAEOPS_INLINE I mul_low(I a, uint32_t m) { return _mm256_mul_epu32(a, _mm256_set1_epi64x(m)); }
 VAEOPS_INLINE I high_shifted(I x) { return _mm256_srli_epi64(x, 32); }
@@ -110,6 +116,12 @@ VAEOPS_INLINE I high_words(I even, I odd) { return _mm256_blend_epi32(high_shift
 VAEOPS_INLINE I lane_blocks(uint64_t m) { return _mm256_setr_epi64x(0, 2 * m, m, 3 * m); }
 VAEOPS_INLINE F low_pairs(F a, F b) { return _mm256_unpacklo_ps(a, b); }
 VAEOPS_INLINE F high_pairs(F a, F b) { return _mm256_unpackhi_ps(a, b); }
+VAEOPS_INLINE F low_quads(F a, F b) { return floats(_mm256_unpacklo_epi64(bits(a), bits(b))); }
+VAEOPS_INLINE F high_quads(F a, F b) { return floats(_mm256_unpackhi_epi64(bits(a), bits(b))); }
+template <int kLane>
+VAEOPS_INLINE void store_quad(float* p, F x) {
+  _mm_storeu_ps(p, _mm256_extractf128_ps(x, kLane));
+}
 #endif
 
 constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u;
@@ -292,5 +304,31 @@ static void fill_normals(float* out, int64_t n, uint64_t key, uint64_t offset, i
     const int64_t count = n - i < kBlock - skip ? n - i : kBlock - skip;
     for (int64_t j = 0; j < count; ++j) out[i + j] = block[skip + j];
     i += count;
+  }
+}
+
+#if VAEOPS_ISA > 0
+// out[p * stride .. + 3] = the p-th of a, b, c and d: vector k of x holds p = k, k + 4, ..., one to a 128-bit lane.
+template <int kLane>
+VAEOPS_INLINE void store_quads(float* out, int64_t stride, const F (&x)[4]) {
+  for (int k = 0; k < 4; ++k) store_quad<kLane>(out + (4 * kLane + k) * stride, x[k]);
+  if constexpr (4 * (kLane + 1) < kWidth) store_quads<kLane + 1>(out, stride, x);
+}
+#endif
+
+// out[p * stride + k] = rows[k * pitch + p] for p < n and k < count, which is at most 4.
+static void interleave(const float* rows, int64_t pitch, int64_t count, int64_t n, float* out, int64_t stride) {
+  int64_t p = 0;
+#if VAEOPS_ISA > 0
+  for (; count == 4 && n - p >= kWidth; p += kWidth) {
+    const F a = load(rows + p), b = load(rows + pitch + p), c = load(rows + 2 * pitch + p),
+            d = load(rows + 3 * pitch + p);
+    const F ab0 = low_pairs(a, b), ab1 = high_pairs(a, b), cd0 = low_pairs(c, d), cd1 = high_pairs(c, d);
+    const F x[4] = {low_quads(ab0, cd0), high_quads(ab0, cd0), low_quads(ab1, cd1), high_quads(ab1, cd1)};
+    store_quads<0>(out + p * stride, stride, x);
+  }
+#endif
+  for (; p < n; ++p) {
+    for (int64_t k = 0; k < count; ++k) out[p * stride + k] = rows[k * pitch + p];
   }
 }

@@ -228,8 +228,11 @@ def reparam_kl_packed(moments: Tensor, *, dim: int = 1, prior: tuple[Tensor, Ten
     dim %= rank
     if moments.shape[dim] % 2:
         raise ValueError(f"{op}: moments must have an even size along dim {dim}, got {list(moments.shape)}")
-    half = moments.detach().narrow(dim, 0, moments.shape[dim] // 2)
-    options = check.options(op, half, dim, param, clamp, reduction, batch_ndim, temperature)
+    options = check.options(op, moments, dim, param, clamp, reduction, batch_ndim, temperature)
+    # Cut only for the checks that look at a half's shape: once kernels have turned the caches over, two calls
+    # into torch cost as much as a small kernel.
+    plain = prior is None and seed is None and eps is None
+    half = moments if plain else moments.detach().narrow(dim, 0, moments.shape[dim] // 2)
     mu_p, rho_p = check.prior_pair(op, prior, half)
     check_impl(op, impl, moments)
     seed, eps = check.noise(op, half, batch_ndim, seed, generator, eps)
