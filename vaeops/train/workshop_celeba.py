@@ -67,7 +67,7 @@ class HookLoss:
 
 
 def train(
-    faces: Tensor, arm: str, trunk: VGGTrunk, *, steps: int, batch: int, gamma: float, seed: int
+    faces: Tensor, arm: str, trunk: VGGTrunk, *, steps: int, batch: int, gamma: float, lr: float, seed: int
 ) -> Run:
     """Adam on (L1 summed over an image + KL + gamma * perceptual distance), a batch's mean.
 
@@ -148,7 +148,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if faces.shape[-2:] != (CelebAVAE.SIDE, CelebAVAE.SIDE):
         parser.error(f"--data: the images must be 64x64, those of {args.data} are {list(faces.shape[-2:])}")
     runs = {
-        arm: train(faces, arm, trunk, steps=args.steps, batch=args.batch, gamma=args.gamma, lr=args.lr, seed=args.seed)
+        arm: train(
+            faces,
+            arm,
+            trunk,
+            steps=args.steps,
+            batch=args.batch,
+            gamma=args.gamma,
+            lr=args.lr,
+            seed=args.seed,
+        )
         for arm in ARMS
     }
     draw(args.out / PICTURE, runs, held_out, args.vgg is None)
