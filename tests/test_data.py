@@ -103,7 +103,7 @@ def test_train_command_on_digits(tmp_path, capsys):
 
 def test_train_command_on_faces(tmp_path, capsys):
     write(celeba_files([(64, 64)] * 8), tmp_path)
-    options = ["--steps", str(workshop_celeba.TAIL), "--batch", "2", "--out", str(tmp_path)]
+    options = ["--steps", str(workshop_celeba.TAIL), "--batch", "2", "--lr", "1e-5", "--out", str(tmp_path)]
     assert cli.main(["train", "workshop-celeba", "--data", str(tmp_path), *options]) == 0
     printed = capsys.readouterr().out
     for arm in workshop_celeba.ARMS:
