@@ -33,11 +33,6 @@ TileOptions<C> tile_options(const Gaussian& call) {
           static_cast<C>(call.temperature)};
 }
 
-// Rows and tasks end together, so a tile of up to a whole task is whole rows, or lies within one.
-bool rows_fit_tasks(const Shape& shape) {
-  return shape.width > 0 && (kChunk % shape.width == 0 || shape.width % kChunk == 0);
-}
-
 // Elements that a kernel takes at a time: a whole task where every operand is used in place, so no buffer limits it.
 template <class T>
 int64_t tile_step(const Gaussian& call, std::initializer_list<const Operand*> operands) {

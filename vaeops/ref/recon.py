@@ -145,9 +145,12 @@ def multinomial_fwd(logits, target, weight):
 def multinomial_bwd(grad, logits, target, weight, lse, total):
     """d logits = grad (total softmax(logits) - counts)"""
     x, t = _counts(logits, target, weight)
-    total, lse = total.unsqueeze(-1), lse.unsqueeze(-1)
+    total, lse = total.unsqueeze(-1), torch.where(lse == -math.inf, 0.0, lse).unsqueeze(-1)
     expected = torch.where(total == 0, 0.0, total * (x - lse).exp())
-    return (grad.unsqueeze(-1) * (expected - t)).to(logits.dtype)
+    g = grad.unsqueeze(-1) * (expected - t)
+    if weight is not None and weight.dtype is torch.bool:
+        g = torch.where(weight, g, 0.0)
+    return g.to(logits.dtype)
 
 
 def multinomial_bwd_of_inputs(grad, logits, target, weight, *_):
