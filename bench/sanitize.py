@@ -77,7 +77,23 @@ def vq(impl: str) -> None:
         vaeops.vq_lookup(vaeops.vq_assign(x, codebook, impl=impl), codebook, impl=impl).sum().backward()
 
 
-FAMILIES = {"rng": rng, "gaussian": gaussian, "vq": vq}
+def recon(impl: str) -> None:
+    """Every kind, targets of bytes, weights and masks; multinomial rows shorter and longer than a tile."""
+    kinds, reductions = vaeops.ref.recon.KINDS, ("batchmean", "sample", "sum")
+    for i, kind in enumerate(kinds):
+        for shape in SHAPES if kind in ("mse", "multinomial") else SHAPES[i % 4 : i % 4 + 1]:
+            pred = torch.rand(shape, device=DEVICE, requires_grad=True)
+            image = torch.randint(256, shape, device=DEVICE, dtype=torch.uint8)
+            mask = torch.rand(shape, device=DEVICE) > 0.5
+            weight = torch.rand(shape[1:], device=DEVICE)
+            operands = ((torch.rand_like(image, dtype=torch.float32), None, None), (image, None, mask),
+                        (image > 99, weight, None))  # fmt: skip
+            for (target, w, m), reduction in zip(operands, reductions):
+                loss = vaeops.recon_loss(pred, target, kind, weight=w, mask=m, reduction=reduction, impl=impl)
+                loss.sum().backward()
+
+
+FAMILIES = {"rng": rng, "gaussian": gaussian, "vq": vq, "recon": recon}
 
 
 def main(argv: list[str] | None = None) -> int:
