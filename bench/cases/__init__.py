@@ -1,9 +1,9 @@
 """Every case, by family. A new op adds its file here."""
 
 from ..case import Case
-from . import gaussian, rng, vq
+from . import gaussian, recon, rng, vq
 
-ALL: list[Case] = [*rng.CASES, *gaussian.CASES, *vq.CASES]
+ALL: list[Case] = [*rng.CASES, *gaussian.CASES, *recon.CASES, *vq.CASES]
 
 
 def select(patterns: list[str] | None) -> list[Case]:

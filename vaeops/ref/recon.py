@@ -79,9 +79,8 @@ def _element(p: Tensor, t: Tensor, kind: str, s: float) -> Tensor:
     # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)), and a - b is a constant.
     a, b, below, above = _interval(p, t, s)
     width = math.log(-math.expm1(-2 * HALF_LEVEL / s))
-    return torch.where(above & below, -width, 0.0) - (
-        torch.where(below, logsigmoid(a), 0.0) + torch.where(above, logsigmoid(-b), 0.0)
-    )
+    inner = (above & below).to(p.dtype)
+    return -(torch.where(below, logsigmoid(a), 0.0) + torch.where(above, logsigmoid(-b), 0.0) + inner * width)
 
 
 def _slope(p: Tensor, t: Tensor, kind: str, s: float) -> Tensor:
