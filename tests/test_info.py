@@ -45,8 +45,8 @@ def test_what_runs_is_what_the_dispatcher_calls():
 
 
 def test_a_loaded_library_without_a_kernel_of_the_op_is_noticed(monkeypatch):
-    monkeypatch.setattr(_library, "why_not", lambda impl, device: None)
-    monkeypatch.setattr(_library, "serving", lambda device: "cuda")
+    monkeypatch.setattr(_library, "why_not", lambda *_: None)
+    monkeypatch.setattr(_library, "serving", lambda *_: "cuda")
     answer = _info._op("normal", "cpu")  # no CUDA kernel of anything is registered for CPU tensors
     assert answer["runs"] == "ref" and answer["cuda"] == "this op has no such kernel"
 

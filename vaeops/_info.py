@@ -123,7 +123,7 @@ def _gpus() -> list[str] | str:
 
 def _why_not(op: str, impl: str, device: str) -> str | None:
     """Why `impl` of this one op cannot run on the device; the dispatcher knows whether it has a kernel."""
-    reason = _library.why_not(impl, device)
+    reason = _library.why_not(impl, device, op)
     if reason is None and impl != "ref":
         registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"vaeops::{op}.{impl}", _KEYS[device])
         reason = None if registered else "this op has no such kernel"
@@ -132,7 +132,7 @@ def _why_not(op: str, impl: str, device: str) -> str | None:
 
 def _op(op: str, device: str) -> dict[str, Any]:
     why_not = {impl: _why_not(op, impl, device) for impl in _library.IMPLS}
-    best = _library.serving(device)
+    best = _library.serving(device, op)
     runs = best if why_not[best] is None else "ref"
     others = {impl: reason or f"can run: impl={impl!r}" for impl, reason in why_not.items() if impl != runs}
     return {"runs": runs, **others}

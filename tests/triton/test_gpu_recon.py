@@ -1,4 +1,4 @@
-"""What only a GPU shows of the reconstruction losses: rounding of its own, bits of sums, memory, CUDA graphs."""
+"""What only a GPU shows of the reconstruction losses: bits of sums, memory, CUDA graphs."""
 
 import pytest
 import torch

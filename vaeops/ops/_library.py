@@ -17,14 +17,19 @@ IMPLS = ("ref", "cpp", "triton", "cuda")
 
 library = torch.library.Library("vaeops", "DEF")
 names: list[str] = []
+_without_cuda: set[str] = set()  # names of ops that have no CUDA C++ kernel, so that Triton serves CUDA
 
 
-def define(name: str, signature: str, *, fake: Callable, ref: Callable, triton: Callable) -> None:
+def define(name: str, signature: str, *, fake: Callable, ref: Callable, triton: Callable,
+           cuda: bool = True) -> None:  # fmt: skip
     """Register `vaeops::name(signature)`. C++ and CUDA kernels attach themselves when their library loads.
 
-    `triton` is called only when a Triton kernel has to run, so it may import Triton.
+    `triton` is called only when a Triton kernel has to run, so it may import Triton. `cuda`: whether the op
+    has a CUDA C++ kernel; without one Triton serves CUDA.
     """
     names.append(name)
+    if not cuda:
+        _without_cuda.add(name)
     for overload in ("", *IMPLS):
         qualified = f"{name}.{overload}" if overload else name
         library.define(qualified + signature, tags=(torch.Tag.pt2_compliant_tag,))
@@ -34,7 +39,7 @@ def define(name: str, signature: str, *, fake: Callable, ref: Callable, triton: 
     # Triton's interpreter runs kernels on CPU tensors; it takes the place of a GPU in tests and serves
     # `impl="triton"` only.
     library.impl(f"{name}.triton", triton, "CPU" if _interpreting() else "CUDA")
-    if serving("cuda") == "triton":
+    if serving("cuda", name) == "triton":
         library.impl(name, triton, "CUDA")
 
 
@@ -48,13 +53,15 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(impl: str, device_type: str) -> str | None:
-    """Why `impl` cannot run on such a device here; None when it can."""
+def why_not(impl: str, device_type: str, name: str | None = None) -> str | None:
+    """Why `impl` (of the low-level op `name`) cannot run on such a device here; None when it can."""
     if impl == "ref":
         return None
     if impl == "cpp":
         return "runs on CPU tensors only" if device_type != "cpu" else _native.why_not("_ops_cpu")
     if impl == "cuda":
+        if name in _without_cuda:
+            return "this op has no CUDA C++ kernel: Triton serves CUDA"
         return "runs on CUDA tensors only" if device_type != "cuda" else _native.why_not("_ops_cuda")
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -65,22 +72,25 @@ def why_not(impl: str, device_type: str) -> str | None:
     return "not tested on ROCm" if torch.version.hip else None
 
 
-def serving(device_type: str) -> str:
+def serving(device_type: str, name: str | None = None) -> str:
     """What serves a device when nothing is forced: CUDA C++ before Triton, native before reference."""
     for impl in ("cpp", "cuda", "triton") if not _interpreting() else ("cpp", "cuda"):
-        if why_not(impl, device_type) is None:
+        if why_not(impl, device_type, name) is None:
             return impl
     return "ref"
 
 
-def check_impl(op: str, impl: str | None, like: torch.Tensor) -> None:
-    """Raises, with every reason, where a forced implementation cannot run on `like`'s device here."""
+def check_impl(op: str, impl: str | None, like: torch.Tensor, name: str | None = None) -> None:
+    """Raises, with every reason, where a forced implementation cannot run on `like`'s device here.
+
+    name: of the low-level op that will run.
+    """
     if impl is None:
         return
     device_type = like.device.type
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be None or one of {IMPLS}, got {impl!r}")
-    reason = why_not(impl, device_type)
+    reason = why_not(impl, device_type, name)
     if reason is not None:
-        others = "; ".join(f"{i}: {why_not(i, device_type) or 'can run'}" for i in IMPLS if i != impl)
+        others = "; ".join(f"{i}: {why_not(i, device_type, name) or 'can run'}" for i in IMPLS if i != impl)
         raise ValueError(f"{op}: impl={impl!r} cannot run on {device_type} tensors here: {reason} ({others})")

@@ -53,14 +53,16 @@ def _ref_multinomial_bwd(grad, logits, *args):
 _TENSORS = "Tensor pred, Tensor target, Tensor? weight"
 _OPTIONS = "int kind, float scale, int reduction, int batch_ndim"
 define("recon_fwd", f"({_TENSORS}, {_OPTIONS}) -> Tensor",
-       fake=_fake_recon_fwd, ref=ref.recon_fwd, triton=_triton("recon_fwd"))  # fmt: skip
+       fake=_fake_recon_fwd, ref=ref.recon_fwd, triton=_triton("recon_fwd"), cuda=False)  # fmt: skip
 define("recon_bwd", f"(Tensor grad, {_TENSORS}, {_OPTIONS}) -> Tensor",
-       fake=_fake_recon_bwd, ref=_ref_recon_bwd, triton=_triton("recon_bwd"))  # fmt: skip
+       fake=_fake_recon_bwd, ref=_ref_recon_bwd, triton=_triton("recon_bwd"), cuda=False)  # fmt: skip
 define("multinomial_fwd", "(Tensor logits, Tensor target, Tensor? weight) -> (Tensor, Tensor, Tensor)",
-       fake=_fake_multinomial_fwd, ref=ref.multinomial_fwd, triton=_triton("multinomial_fwd"))  # fmt: skip
+       fake=_fake_multinomial_fwd, ref=ref.multinomial_fwd, triton=_triton("multinomial_fwd"),
+       cuda=False)  # fmt: skip
 define("multinomial_bwd",
        "(Tensor grad, Tensor logits, Tensor target, Tensor? weight, Tensor lse, Tensor total) -> Tensor",
-       fake=_fake_recon_bwd, ref=_ref_multinomial_bwd, triton=_triton("multinomial_bwd"))  # fmt: skip
+       fake=_fake_recon_bwd, ref=_ref_multinomial_bwd, triton=_triton("multinomial_bwd"),
+       cuda=False)  # fmt: skip
 
 
 def _fold_tensors(info, in_dims, tensors):
@@ -165,7 +167,7 @@ def recon_loss(pred: Tensor, target: Tensor, kind: str, *, reduction: str = "bat
     for name, tensor in (("weight", weight), ("mask", mask)):
         if tensor is not None:
             _check_weight(op, name, tensor, pred)
-    check_impl(op, impl, pred)
+    check_impl(op, impl, pred, "multinomial_fwd" if kind == "multinomial" else "recon_fwd")
     if target.shape != pred.shape:
         target = target.expand(pred.shape)
     if mask is not None:
