@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import aot
 
 from vaeops.kernels import recon
+from vaeops.ops._library import serving, why_not
 from vaeops.ref import gaussian
 from vaeops.ref.recon import ELEMENTWISE
 
@@ -50,7 +51,7 @@ def multinomial(shape=(512, 20000), dtype=torch.float32, weight=None, backwards=
 CASES = {
     "bce forward": (forward("bce"), 1024, 64, 145),
     "bce_logits forward": (forward("bce_logits"), 1024, 64, 100),
-    "discretized_logistic forward": (forward("discretized_logistic"), 1024, 64, 155),
+    "discretized_logistic forward": (forward("discretized_logistic"), 1024, 80, 155),
     "mse forward": (forward("mse"), 1024, 48, 55),
     "mse forward, sample": (forward("mse", reduction=2), 1024, 48, 40),
     "mse forward, dim": (forward("mse", reduction=1), 1024, 64, 85),
@@ -115,3 +116,9 @@ def test_at_most_two_compiles_over_twenty_batch_sizes(step):
             (step((rows, 20)) if step is multinomial else step("mse", (rows, 20), reduction=2))()
     assert len(launched) == 20
     assert len({id(kernel) for kernel in launched}) <= 2
+
+
+@pytest.mark.parametrize("op", ["recon_fwd", "recon_bwd", "multinomial_fwd", "multinomial_bwd"])
+def test_triton_serves_cuda_tensors(op):
+    assert serving("cuda", op) == "triton"
+    assert why_not("cuda", "cuda", op) == "this op has no CUDA C++ kernel: Triton serves CUDA"
