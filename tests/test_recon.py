@@ -1,4 +1,4 @@
-"""Reconstruction losses and the ELBO, in the six blocks: values, gradients, opcheck, compile, layouts, errors."""
+"""Reconstruction losses and the ELBO: values, gradients, opcheck, compile, layouts, bad arguments."""
 
 import math
 
@@ -62,12 +62,7 @@ def textbook(pred, target, kind, *, reduction, batch_ndim=1, scale=None, weight=
             "gaussian_nll": lambda: 0.5 * (d / s) ** 2 + math.log(s) + 0.5 * math.log(2 * math.pi),
             "laplace_nll": lambda: d.abs() / s + math.log(2 * s),
         }[kind]()
-    # Summed from the other end: in fp64 it would be the reference to the bit.
-    dims = list(
-        {"dim": range(batch_ndim), "sample": range(batch_ndim, loss.dim())}.get(reduction, range(loss.dim()))
-    )
-    loss = loss * weight
-    return gaussian.reduce(loss if reduction == "none" else loss.flip(dims), code, batch_ndim)
+    return gaussian.reduce(loss * weight, code, batch_ndim)
 
 
 def run(function, pred, target, kind, cotangent, **options):
@@ -89,6 +84,10 @@ def check_against_reference(impl, kind, shape, dtype, target="floating", *, redu
     cotangent = torch.rand(out, dtype=torch.float64) + 0.5
     ours = run(vaeops.recon_loss, pred, t, kind, cotangent, impl=impl, **options)
     exact = run(ref.recon_loss, pred.double(), t, kind, cotangent, **options)
+    if dtype is torch.float64:  # the reference has no more digits: what sums of so many may differ by
+        for a, b in zip(ours, exact):
+            assert float((a - b).abs().max()) <= pred.numel() * torch.finfo(dtype).eps * float(b.abs().max())
+        return
     eager = run(textbook, pred, t, kind, cotangent, **options)
     for name, a, b, c, factor in zip(("loss", "d pred"), ours, exact, eager, (2.0, 3.0)):
         assert_within_budget(a, b, c, f"{kind} {name}", factor=factor)
@@ -145,7 +144,7 @@ def test_levels_of_an_8_bit_image_are_those_of_a_division(isa):
 
 @pytest.mark.parametrize("scale", [0.002, 0.05, 3.0, 500.0])
 def test_discretized_levels_sum_to_one(isa, scale):
-    """Where 8-bit levels are all there is, their probabilities sum to 1, far from the mean as well as near."""
+    """The probabilities of the 256 levels sum to 1, wherever the mean is."""
     levels = torch.arange(256, dtype=torch.uint8)
     for mean in (-0.5, 0.0, 0.371, 1.0):
         pred = torch.full((256,), mean)
@@ -194,7 +193,7 @@ def test_values_and_gradients_are_torchs(isa, kind):
 
 
 def test_infinite_logits(isa):
-    """A logit of infinity on the right side costs nothing, on the wrong side everything; gradients are finite."""
+    """An infinite logit costs nothing on the right side, everything on the wrong; gradients are finite."""
     pred = torch.tensor([INF, INF, INF, -INF, -INF, -INF, NAN]).requires_grad_()
     target = torch.tensor([1.0, 0, 0.5, 0, 1, 0.5, 1])
     loss = vaeops.recon_loss(pred, target, "bce_logits", reduction="none")
@@ -308,8 +307,9 @@ def test_gradcheck_and_gradgradcheck(kind, impl):
     target = torch.rand(3, 5).double()
     given = ({}, {"mask": torch.rand(5) < 0.6}, {"weight": torch.rand(3, 1).double()})
     for i, reduction in enumerate(reductions(kind)):
+        options = given[i % 3] | {"reduction": reduction, "scale": scale_of(kind), "impl": impl}
 
-        def f(pred, options=given[i % 3] | {"reduction": reduction, "scale": scale_of(kind), "impl": impl}):
+        def f(pred, options=options):
             return vaeops.recon_loss(pred, target, kind, **options)
 
         assert torch.autograd.gradcheck(f, (pred,), check_forward_ad=True, check_batched_grad=True)
@@ -535,8 +535,8 @@ def test_more_than_2_to_the_31_elements():
     target = torch.ones(1, 1, dtype=torch.uint8).expand(1, n)
     loss = torch.ops.vaeops.recon_fwd.cpp(pred, target, None, 4, 1.0, 5, 1)
     assert abs(float(loss) / (n * (0.5 - 1 / 255)) - 1) < 1e-5
-    nll, lse, total = torch.ops.vaeops.multinomial_fwd.cpp(pred, target, None)
-    assert float(total) == n or abs(float(total) / n - 1) < 1e-6
+    _, lse, total = torch.ops.vaeops.multinomial_fwd.cpp(pred, target, None)
+    assert abs(float(total) / n - 1) < 1e-6
     assert abs(float(lse) - 0.5 - math.log(n)) < 1e-5
 
 

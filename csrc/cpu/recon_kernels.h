@@ -272,8 +272,6 @@ static RowSums block_sums(const MultinomialTile<T, S>& t, int64_t n) {
       F x, count;
       load_items(t, i + v * kWidth, x, count);
       top[v] = select(less(top[v], x), x, top[v]);
-      total[v] = total[v] + count;
-      drawn[v] = drawn[v] + select(equal(count, zero), zero, count * x);
     }
   }
   alignas(64) float lanes[kLanes];
@@ -285,10 +283,14 @@ static RowSums block_sums(const MultinomialTile<T, S>& t, int64_t n) {
     for (int v = 0; v < kVectors; ++v) {
       F x, count;
       load_items(t, i + v * kWidth, x, count);
-      sum[v] = sum[v] + exp_parts(x - set1(largest)).sigma;
+      x = x - set1(largest);
+      sum[v] = sum[v] + exp_parts(x).sigma;
+      total[v] = total[v] + count;
+      drawn[v] = drawn[v] + select(equal(count, zero), zero, count * x);
     }
   }
-  return {largest, sum_vectors(sum), sum_vectors(total), sum_vectors(drawn)};
+  const double counts = sum_vectors(total);
+  return {largest, sum_vectors(sum), counts, sum_vectors(drawn) + counts * largest};
 }
 
 template <class T, class S>

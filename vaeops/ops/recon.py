@@ -151,7 +151,8 @@ def recon_loss(pred: Tensor, target: Tensor, kind: str, *, reduction: str = "bat
     Returns:
         fp32 (fp64 for fp64 pred), shaped by `reduction`. The gradient of pred is in its dtype and memory
         format ("multinomial" of more than two dims: row-major). Saved for backward: pred, target, weight or
-        mask; for "multinomial" two numbers a sample more, and no softmax. Deterministic: bit-equal from run to run and for any thread count.
+        mask; for "multinomial" two numbers a sample more, and no softmax. Deterministic: bit-equal from run
+        to run and for any thread count.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is taken; the same under torch.compile.
