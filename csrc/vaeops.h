@@ -131,12 +131,14 @@ struct Multinomial {
 };
 
 struct MultinomialForward : Multinomial {
-  void *nll, *lse, *total;  // C [R]
+  void *nll, *total;  // C [R]
+  double* lse;        // [R]: backward takes it from logits of its own size, which leaves little of its digits
 };
 
 struct MultinomialBackward : Multinomial {
-  const void *grad, *lse, *total;  // C [R]
-  Operand glogits;                 // T
+  const void *grad, *total;  // C [R]
+  const double* lse;         // [R]
+  Operand glogits;           // T
 };
 
 // Orders of vaeops.ref.vq.METRICS, .REDUCTIONS (off: no loss) and .ESTIMATORS.

@@ -11,7 +11,7 @@ from torch import Tensor
 import vaeops
 from vaeops.ref import recon as ref
 
-from ..case import COMPILE, Inputs, Row, budget_share, cotangents, our_impls
+from ..case import COMPILE, Inputs, Row, budget_share, our_impls
 
 
 def _pixels(target: Tensor, dtype: torch.dtype) -> Tensor:

@@ -83,10 +83,10 @@ std::tuple<Tensor, Tensor, Tensor> multinomial_fwd(const Tensor& logits, const T
   Layout layout(logits, 1);
   MultinomialForward call{};
   fill(call, layout, logits, target, weight);
-  Tensor nll = reduced_like(logits, Reduction::sample, 1), lse = uninitialized_like(nll),
-         total = uninitialized_like(nll);
+  Tensor nll = reduced_like(logits, Reduction::sample, 1), total = uninitialized_like(nll);
+  Tensor lse = empty(logits, nll.sizes().data(), 1, ScalarType::Double);
   call.nll = nll.mutable_data_ptr();
-  call.lse = lse.mutable_data_ptr();
+  call.lse = lse.mutable_data_ptr<double>();
   call.total = total.mutable_data_ptr();
   call.shape = layout.finish();
   device.run(call);
@@ -102,12 +102,13 @@ Tensor multinomial_bwd(const Tensor& grad, const Tensor& logits, const Tensor& t
   fill(call, layout, logits, target, weight);
   for (const Tensor* x : {&grad, &lse, &total}) {
     Device::check(*x, "grad, lse and total");
-    STD_TORCH_CHECK(x->dim() == 1 && x->size(0) == logits.size(0) && x->scalar_type() == compute_type(logits),
-                    "grad, lse and total must be [R] of the compute dtype");
+    const ScalarType dtype = x == &lse ? ScalarType::Double : compute_type(logits);
+    STD_TORCH_CHECK(x->dim() == 1 && x->size(0) == logits.size(0) && x->scalar_type() == dtype,
+                    "grad and total must be [R] of the compute dtype, lse [R] in float64");
   }
   const Tensor row_grad = as_contiguous(grad), row_lse = as_contiguous(lse), row_total = as_contiguous(total);
   call.grad = row_grad.data_ptr();
-  call.lse = row_lse.data_ptr();
+  call.lse = row_lse.const_data_ptr<double>();
   call.total = row_total.data_ptr();
   Tensor glogits = Device::fresh_like(logits);
   layout.add(call.glogits, glogits, "glogits");

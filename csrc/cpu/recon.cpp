@@ -190,7 +190,7 @@ void multinomial_forward_typed(const MultinomialForward& call, ParallelFor paral
     for (int64_t piece = 0; piece < pieces; ++piece) sums.merge(partial[row * pieces + piece]);
     const double lse = sums.shift + std::log(sums.sum);
     static_cast<C*>(call.nll)[row] = static_cast<C>((sums.total == 0 ? 0 : sums.total * lse) - sums.drawn);
-    static_cast<C*>(call.lse)[row] = static_cast<C>(lse);
+    call.lse[row] = lse;
     static_cast<C*>(call.total)[row] = static_cast<C>(sums.total);
   }
 }
@@ -205,7 +205,7 @@ void multinomial_backward_typed(const MultinomialBackward& call, ParallelFor par
     MultinomialTile<T, S> t = buffers.tile(call, begin, n);
     const int64_t row = begin / shape.width;
     t.grad = static_cast<const C*>(call.grad)[row];
-    t.lse = static_cast<const C*>(call.lse)[row];
+    t.lse = call.lse[row];
     t.total = static_cast<const C*>(call.total)[row];
     if (std::isinf(t.lse) && t.lse < 0) t.lse = 0;  // every logit is -inf: exp(x - lse) shall be 0
     t.glogits = target(call.glogits, shape, begin, n, glogits);

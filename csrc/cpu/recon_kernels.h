@@ -272,8 +272,6 @@ static RowSums block_sums(const MultinomialTile<T, S>& t, int64_t n) {
       F x, count;
       load_items(t, i + v * kWidth, x, count);
       top[v] = select(less(top[v], x), x, top[v]);
-      total[v] = total[v] + count;
-      drawn[v] = drawn[v] + select(equal(count, zero), zero, count * x);
     }
   }
   alignas(64) float lanes[kLanes];
@@ -285,10 +283,14 @@ static RowSums block_sums(const MultinomialTile<T, S>& t, int64_t n) {
     for (int v = 0; v < kVectors; ++v) {
       F x, count;
       load_items(t, i + v * kWidth, x, count);
-      sum[v] = sum[v] + exp_parts(x - set1(largest)).sigma;
+      x = x - set1(largest);
+      sum[v] = sum[v] + exp_parts(x).sigma;
+      total[v] = total[v] + count;
+      drawn[v] = drawn[v] + select(equal(count, zero), zero, count * x);
     }
   }
-  return {largest, sum_vectors(sum), sum_vectors(total), sum_vectors(drawn)};
+  const double counts = sum_vectors(total);
+  return {largest, sum_vectors(sum), counts, sum_vectors(drawn) + counts * largest};
 }
 
 template <class T, class S>
@@ -302,13 +304,13 @@ static RowSums row_sums(const MultinomialTile<T, S>& t) {
 
 template <class T, class S>
 VAEOPS_INLINE void multinomial_backward_blocks(const MultinomialTile<T, S>& t, int64_t n) {
-  const F lse = set1(static_cast<float>(t.lse)), total = set1(static_cast<float>(t.total));
-  const F grad = set1(static_cast<float>(t.grad));
+  const float high = static_cast<float>(t.lse), low = static_cast<float>(high - high == 0 ? t.lse - high : 0);
+  const F total = set1(static_cast<float>(t.total)), grad = set1(static_cast<float>(t.grad));
   const bool drawn = t.total != 0;
   for (int64_t i = 0; i < n; i += kWidth) {
     F x, count;
     load_items(t, i, x, count);
-    const F expected = drawn ? total * exp_parts(x - lse).sigma : set1(0.0f);
+    const F expected = drawn ? total * exp_parts(x - set1(high) - set1(low)).sigma : set1(0.0f);
     F g = grad * (expected - count);
     if (t.masked) g = select(equal(load(t.weight + i), set1(0.0f)), set1(0.0f), g);
     store(t.glogits + i, g);

@@ -43,7 +43,7 @@ def _ref_recon_bwd(grad, pred, *args):
 
 def _fake_multinomial_fwd(logits, target, weight):
     rows = logits.new_empty(logits.shape[:1], dtype=gaussian.compute_dtype(logits.dtype))
-    return rows, torch.empty_like(rows), torch.empty_like(rows)
+    return rows, torch.empty_like(rows, dtype=torch.float64), torch.empty_like(rows)
 
 
 def _ref_multinomial_bwd(grad, logits, *args):
@@ -152,8 +152,9 @@ def recon_loss(pred: Tensor, target: Tensor, kind: str, *, reduction: str = "bat
 
     Returns:
         fp32 (fp64 for fp64 pred), shaped by `reduction`. The gradient of pred is in its dtype and memory
-        format. Saved for backward: pred, target, weight or mask; for "multinomial" two numbers a sample more,
-        and no softmax. Deterministic: bit-equal from run to run and for any thread count.
+        format ("multinomial" of more than two dims: row-major). Saved for backward: pred, target, weight or
+        mask; for "multinomial" two numbers a sample more, and no softmax. Deterministic: bit-equal from run
+        to run and for any thread count.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is taken; the same under torch.compile.
@@ -178,11 +179,18 @@ def recon_loss(pred: Tensor, target: Tensor, kind: str, *, reduction: str = "bat
         return _elementwise(impl, options, pred, target, weight)
     batch = pred.shape[:batch_ndim]
     if pred.dim() != 2 or batch_ndim != 1:
-        flat = batch.numel(), pred.shape[batch_ndim:].numel()
-        weight = None if weight is None else weight.expand(pred.shape).reshape(flat)
-        pred, target = pred.reshape(flat), target.reshape(flat)
+        weight = None if weight is None else _rows(weight.expand(pred.shape), batch_ndim)
+        pred, target = _rows(pred, batch_ndim), _rows(target, batch_ndim)
     nll = _multinomial(impl, (), pred, target, weight)[0]
-    return nll.view(batch) if reduction == "sample" else gaussian.reduce(nll, code, 1)
+    if reduction == "sample":
+        return nll.view(batch)
+    return nll.sum() if reduction == "sum" else nll.sum() / torch.sym_max(nll.shape[0], 1)
+
+
+def _rows(x: Tensor, batch_ndim: int) -> Tensor:
+    """[*B, *E] as [R, D]"""
+    x = x.flatten(batch_ndim)
+    return x.flatten(0, batch_ndim - 1) if batch_ndim else x.unsqueeze(0)
 
 
 def _check_pred(op: str, pred: Tensor, target: Tensor) -> None:

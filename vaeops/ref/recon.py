@@ -133,19 +133,27 @@ def _counts(logits: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tens
 
 
 def multinomial_fwd(logits, target, weight):
-    """(nll, logsumexp, sum of counts) of each row [R]. A row without counts costs 0."""
+    """(nll, logsumexp, sum of counts) of each row [R]. A row without counts costs 0.
+
+    logsumexp is in fp64: backward takes it from logits of its own size, which leaves little of its digits.
+    """
     x, t = _counts(logits, target, weight)
     total = t.sum(-1)
-    lse = x.logsumexp(-1)
+    top = x.detach().amax(-1) if x.shape[-1] else torch.zeros_like(total)
+    top = torch.where(top.isfinite(), top, 0.0)
+    lse = top.double() + (x - top.unsqueeze(-1)).logsumexp(-1).double()
     drawn = torch.where(t == 0, 0.0, t * torch.where(t == 0, 0.0, x)).sum(-1)
-    return torch.where(total == 0, 0.0, total * lse) - drawn, lse, total
+    nll = torch.where(total == 0, 0.0, total.double() * lse) - drawn.double()
+    return nll.to(x.dtype), lse, total
 
 
 def multinomial_bwd(grad, logits, target, weight, lse, total):
     """d logits = grad (total softmax(logits) - counts)"""
     x, t = _counts(logits, target, weight)
     total, lse = total.unsqueeze(-1), torch.where(lse == -math.inf, 0.0, lse).unsqueeze(-1)
-    expected = torch.where(total == 0, 0.0, total * (x - lse).exp())
+    high = lse.to(x.dtype)
+    low = torch.where(high.isfinite(), lse - high, 0.0).to(x.dtype)
+    expected = torch.where(total == 0, 0.0, total * (x - high - low).exp())
     g = grad.unsqueeze(-1) * (expected - t)
     if weight is not None and weight.dtype is torch.bool:
         g = torch.where(weight, g, 0.0)
