@@ -40,9 +40,10 @@ def backward(kind, shape=FLAT, dtype=torch.float32, target=None, weight=None, re
 
 def multinomial(shape=(512, 20000), dtype=torch.float32, weight=None, backwards=False):
     logits, rows = torch.empty(shape, dtype=dtype), torch.empty(shape[0])
+    lse = rows.double()
     w = None if weight is None else torch.empty(shape, dtype=weight)
     if backwards:
-        return lambda: recon.multinomial_bwd(rows, logits, logits, w, rows, rows)
+        return lambda: recon.multinomial_bwd(rows, logits, logits, w, lse, rows)
     return lambda: recon.multinomial_fwd(logits, logits, w)
 
 

@@ -252,16 +252,17 @@ def merge(top, sum, axis: tl.constexpr):
 
 @triton.jit
 def finish_row(nll, lse, total, row, ok, top, sum, count, drawn):
-    log_sum = top + log(sum)
+    log_sum = top.to(tl.float64) + log(sum).to(tl.float64)
     tl.store(lse + row, log_sum, mask=ok)
     tl.store(total + row, count, mask=ok)
-    tl.store(nll + row, tl.where(count == 0.0, 0.0, count * log_sum) - drawn, mask=ok)
+    paid = tl.where(count == 0.0, 0.0, count.to(tl.float64) * log_sum)
+    tl.store(nll + row, paid - drawn.to(tl.float64), mask=ok)
 
 
 @triton.jit(do_not_specialize=FIXED)
 def multinomial_forward_kernel(
     logits, target, weight,  # [rows, cols]: T, any, any or None
-    nll, lse, total,  # F [rows]
+    nll, lse, total,  # [rows]: F, fp64, F
     tops, sums, counts, drawns, ticket,  # F [rows, chunks], int32 [rows]; None where tiles hold whole rows
     logits_at, target_at, weight_at, sizes,  # strides
     rows: tl.int64, cols: tl.int64, per_stream: tl.int64,
@@ -318,7 +319,7 @@ def multinomial_forward_kernel(
 
 @triton.jit(do_not_specialize=FIXED)
 def multinomial_backward_kernel(
-    grad, lse, total,  # F [rows], broadcast
+    grad, lse, total,  # [rows], broadcast: F, fp64, F
     logits, target, weight,  # [rows, cols]: T, any, any or None
     glogits,  # T [rows, cols]
     grad_at, lse_at, total_at, logits_at, target_at, weight_at, glogits_at, sizes,  # strides
@@ -333,9 +334,12 @@ def multinomial_backward_kernel(
     g = load(grad, tile, sizes, grad_at, WIDE)
     log_sum = load(lse, tile, sizes, lse_at, WIDE)
     log_sum = tl.where(log_sum == float("-inf"), 0.0, log_sum)
+    # In two parts: logits may be as large as it, and what is left of them has its last digits.
+    high = log_sum.to(F)
+    low = tl.where(tl.abs(high) < float("inf"), (log_sum - high.to(tl.float64)).to(F), 0.0)
     count = load(total, tile, sizes, total_at, WIDE)
     x, t, inside = item(logits, target, weight, tile, sizes, logits_at, target_at, weight_at, WIDE, F)
-    expected = tl.where(count == 0.0, 0.0, count * exp(x - log_sum))
+    expected = tl.where(count == 0.0, 0.0, count * exp(x - high - low))
     store(glogits, tl.where(inside, g * (expected - t), 0.0), tile, sizes, glogits_at, WIDE)
 
 
@@ -392,7 +396,7 @@ def recon_bwd(grad, pred, target, weight, kind, scale, reduction, batch_ndim):
 def multinomial_fwd(logits, target, weight):
     """(nll, lse, total) of `vaeops::multinomial_fwd`: one launch."""
     nll = logits.new_empty(logits.shape[:1], dtype=ref.compute_dtype(logits.dtype))
-    lse, total = torch.empty_like(nll), torch.empty_like(nll)
+    lse, total = torch.empty_like(nll, dtype=torch.float64), torch.empty_like(nll)
     if logits.numel() == 0:
         return nll.zero_(), lse.fill_(-math.inf), total.zero_()
     block, warps = layout.settings(logits.dtype)
