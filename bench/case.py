@@ -51,7 +51,7 @@ class Case(Protocol):
 
 
 def cotangents(outputs: tuple, inputs: Inputs) -> list[Tensor]:
-    """Gradients handed to backward: random for z, not 1 for the KL, in the shape and dtype of the row's."""
+    """Gradients handed to backward: the case's own for the first output, not 1 for the second."""
     assert inputs.grad_z is not None
     return [inputs.grad_z, *(torch.full_like(other, 0.5) for other in outputs[1:2])]
 

@@ -97,8 +97,25 @@ def perceptual(impl: str) -> None:
         vaeops.feature_distance(a, b, **options).float().sum().backward()
 
 
-FAMILIES = {"rng": rng, "gaussian": gaussian, "vq": vq, "perceptual": perceptual}
-WITHOUT_CUDA = {"perceptual": "perceptual_fwd"}  # one of the family's ops, none of which has a CUDA kernel
+def recon(impl: str) -> None:
+    """Every kind, targets of bytes, weights and masks, each once: Triton compiles every combination."""
+    kinds, reductions = vaeops.ref.recon.KINDS, ("batchmean", "sample", "sum")
+    calls = [(kind, SHAPES[k % len(SHAPES)]) for k, kind in enumerate(kinds)]
+    calls += [(kind, shape) for kind in ("mse", "multinomial") for shape in SHAPES]
+    for k, (kind, shape) in enumerate(calls):
+        pred = torch.rand(shape, device=DEVICE, requires_grad=True)
+        target = (pred.detach(), torch.randint(256, shape, device=DEVICE, dtype=torch.uint8), pred > 0.3)[
+            k % 3
+        ]
+        weight = torch.rand(shape[1:], device=DEVICE) if k % 3 == 1 else None
+        mask = torch.rand(shape, device=DEVICE) > 0.5 if k % 3 == 2 else None
+        options = {"weight": weight, "mask": mask, "reduction": reductions[k % 3], "impl": impl}
+        vaeops.recon_loss(pred, target, kind, **options).sum().backward()
+
+
+FAMILIES = {"rng": rng, "gaussian": gaussian, "vq": vq, "perceptual": perceptual, "recon": recon}
+# One op of a family, none of which has a CUDA kernel.
+WITHOUT_CUDA = {"perceptual": "perceptual_fwd", "recon": "recon_fwd"}
 
 
 def main(argv: list[str] | None = None) -> int:

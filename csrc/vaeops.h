@@ -32,6 +32,7 @@ struct Shape {
 struct Operand {
   void* data = nullptr;  // null: the operand is absent
   Dtype dtype = Dtype::f32;
+  bool bytes = false;   // uint8 or bool data, where a call takes such; `dtype` says nothing then
   bool linear = false;  // element i lies at data[i]
   int64_t stride[kMaxDims] = {};
 };
@@ -187,6 +188,59 @@ struct VggConv {
   float* y;
 };
 
+// Order of vaeops.ref.recon.ELEMENTWISE.
+enum class ReconKind : int32_t {
+  bce,
+  bce_logits,
+  mse,
+  half_mse,
+  l1,
+  huber,
+  gaussian_nll,
+  laplace_nll,
+  discretized_logistic
+};
+
+// The reconstruction loss of each element; formulas in vaeops/ref/recon.py.
+struct Recon {
+  Shape shape;
+  Operand pred;       // T
+  Operand target;     // any floating dtype, or bytes
+  double levels = 1;  // a target of bytes is t / levels: 255 for an 8-bit image, 1 for bool
+  Operand weight;     // any floating dtype, or bytes (a mask); absent: 1. Where it is 0 the element is not looked at
+  ReconKind kind = ReconKind::mse;
+  double scale = 1;
+  Reduction reduction = Reduction::sample;
+};
+
+struct ReconForward : Recon {
+  void* out;  // C, contiguous, by `reduction`
+};
+
+struct ReconBackward : Recon {
+  Operand grad;   // C, in the reduced shape, broadcast
+  Operand gpred;  // T
+};
+
+// (sum t) logsumexp(x) - sum t x of R rows of D items: shape.rows and shape.width.
+struct Multinomial {
+  Shape shape;
+  Operand logits;  // T
+  Operand target;  // counts: any floating dtype, or bytes
+  Operand weight;  // any floating dtype: multiplies a count; bytes: a mask, which takes items out; absent: 1
+};
+
+struct MultinomialForward : Multinomial {
+  void *nll, *total;  // C [R]
+  double* lse;        // [R]: backward takes it from logits of its own size, which leaves little of its digits
+};
+
+struct MultinomialBackward : Multinomial {
+  const void *grad, *total;  // C [R]
+  const double* lse;         // [R]
+  Operand glogits;           // T
+};
+
 // Orders of vaeops.ref.vq.METRICS, .REDUCTIONS (off: no loss) and .ESTIMATORS.
 enum class Metric : int32_t { l2, cosine, dot };
 enum class RowReduction : int32_t { off = -1, none, mean, sum };
@@ -281,6 +335,10 @@ void gaussian_forward(const GaussianForward& call, ParallelFor parallel);
 void gaussian_backward(const GaussianBackward& call, ParallelFor parallel);
 void log_prob_forward(const LogProbForward& call, ParallelFor parallel);
 void log_prob_backward(const LogProbBackward& call, ParallelFor parallel);
+void recon_forward(const ReconForward& call, ParallelFor parallel);
+void recon_backward(const ReconBackward& call, ParallelFor parallel);
+void multinomial_forward(const MultinomialForward& call, ParallelFor parallel);
+void multinomial_backward(const MultinomialBackward& call, ParallelFor parallel);
 void normal(float* out /* [S, n / S] */, int64_t n, Noise noise, ParallelFor parallel);
 // child[i] = fold_in(seed[i or 0], index[i or 0]); see vaeops/ref/rng.py
 void fold_in(const int64_t* seed /* [M or 1, 2] */, int64_t seed_stride, const int64_t* index /* [M or 1] */,

@@ -17,8 +17,9 @@ from vaeops import _native
 from vaeops.ops import _library
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = ("rng", "gaussian", "vq", "perceptual")
+FAMILIES = ("rng", "gaussian", "recon", "vq", "perceptual")
 GAUSSIAN = ("reparam_kl", "reparam_kl_packed", "reparameterize", "gaussian_kl", "gaussian_log_prob")
+RECONSTRUCTION = ("recon_loss", "elbo", "gaussian_nll")
 QUANTIZATION = (
     "vq_assign", "vq_topk", "vq_lookup", "vector_quantize", "vq_sample", "perplexity", "usage", "vq_ema_",
     "vq_expire_", "kmeans", "residual_vq", "fsq", "fsq_decode", "lfq", "lfq_decode", "vq_entropy",
@@ -67,7 +68,7 @@ def test_every_op_is_defined_for_every_implementation():
         )
 
 
-@pytest.mark.parametrize("name", GAUSSIAN + QUANTIZATION + PERCEPTUAL)
+@pytest.mark.parametrize("name", GAUSSIAN + RECONSTRUCTION + QUANTIZATION + PERCEPTUAL)
 def test_public_functions_are_documented_and_in_the_readme(name):
     doc = getattr(vaeops, name).__doc__
     assert doc and ("Returns:" in doc or name == "vq_ema_")  # which returns nothing
@@ -78,7 +79,7 @@ def test_public_functions_are_documented_and_in_the_readme(name):
     ("family", "name"),
     # reparam_kl_packed's reference passes its options on.
     [*(("gaussian", name) for name in GAUSSIAN if name != "reparam_kl_packed"),
-     ("vq", "vq_lookup"), ("vq", "vector_quantize")],
+     ("gaussian", "gaussian_nll"), ("recon", "recon_loss"), ("vq", "vq_lookup"), ("vq", "vector_quantize")],
 )  # fmt: skip
 def test_references_take_the_same_arguments(family, name):
     ours = inspect.signature(getattr(vaeops, name)).parameters

@@ -12,6 +12,7 @@ from .ops.gaussian import (
     LatentOutput as LatentOutput,
     gaussian_kl as gaussian_kl,
     gaussian_log_prob as gaussian_log_prob,
+    gaussian_nll as gaussian_nll,
     reparam_kl as reparam_kl,
     reparam_kl_packed as reparam_kl_packed,
     reparameterize as reparameterize,
@@ -22,6 +23,7 @@ from .ops.perceptual import (
     feature_distance as feature_distance,
     perceptual_loss as perceptual_loss,
 )
+from .ops.recon import ElboOutput as ElboOutput, elbo as elbo, recon_loss as recon_loss
 from .ops.vq import (
     VQOutput as VQOutput,
     fsq as fsq,

@@ -1,4 +1,4 @@
-"""What an objective does to an already reduced KL: free bits, capacity, balancing, annealing, collapse.
+"""What an objective does to already reduced terms: free bits, capacity, balancing, annealing, the IWAE.
 
 None of it needs the latent's elements again, so none of it is an option of a kernel: call `gaussian_kl` or
 `reparam_kl` with the reduction that the objective wants, and hand its `kl` on. Everything here is
@@ -119,6 +119,37 @@ def kl_balance(posterior: tuple[Tensor, Tensor], prior: tuple[Tensor, Tensor], a
 
     stopped_q, stopped_p = tuple(t.detach() for t in posterior), tuple(t.detach() for t in prior)
     return alpha * kl(stopped_q, tuple(prior)) + (1 - alpha) * kl(tuple(posterior), stopped_p)
+
+
+def iwae_bound(log_px: Tensor, log_pz: Tensor, log_qz: Tensor) -> Tensor:
+    """The importance-weighted bound on log p(x) from K samples z_k of the posterior.
+
+        log 1/K sum_k p(x | z_k) p(z_k) / q(z_k | x)
+
+    For K = 1 it is the evidence lower bound with its KL estimated by the sample; it grows with K towards
+    log p(x). Each term reduced by "sample" with `batch_ndim=2`, over samples expanded to [K, B, ...]:
+
+        z = reparam_kl(mu.expand(K, *mu.shape), logvar.expand(K, *mu.shape), batch_ndim=2).z
+        log_px = -recon_loss(decode(z), x, "bce_logits", reduction="sample", batch_ndim=2)
+        log_pz = gaussian_log_prob(z, zeros_like(z), zeros_like(z), batch_ndim=2)
+        log_qz = gaussian_log_prob(z, mu.expand_as(z), logvar.expand_as(z), batch_ndim=2)
+        loss = -iwae_bound(log_px, log_pz, log_qz).mean()
+
+    Args:
+        log_px: [K, *B], log p(x | z_k), nats. log_pz: [K, *B], log p(z_k). log_qz: [K, *B], log q(z_k | x).
+
+    Returns:
+        [*B], in the dtype of the three. A larger value is better. The gradient is the plain one.
+
+    Source: Burda et al., "Importance Weighted Autoencoders", 2016, equation 8.
+    """
+    for name, term in (("log_px", log_px), ("log_pz", log_pz), ("log_qz", log_qz)):
+        _check_kl("iwae_bound", term, name)
+        if term.dim() < 1 or term.shape != log_px.shape or not term.shape[0]:
+            raise ValueError(
+                f"iwae_bound: {name} must be [K, *B] with K >= 1, all three alike, got {list(term.shape)}"
+            )
+    return (log_px + log_pz - log_qz).logsumexp(0) - math.log(log_px.shape[0])
 
 
 def balance_groups(kl: Tensor, size: Tensor | None = None) -> Tensor:

@@ -1,9 +1,11 @@
 """Every case, by family. A new op adds its file here."""
 
 from ..case import Case
-from . import gaussian, perceptual, rng, vq
+from . import gaussian, perceptual, recon, rng, vq
 
-ALL: list[Case] = [*rng.CASES, *gaussian.CASES, *vq.CASES, *perceptual.CASES]
+ALL: list[Case] = [
+    *rng.CASES, *gaussian.CASES, *recon.CASES, *vq.CASES, *perceptual.CASES
+]
 
 
 def select(patterns: list[str] | None) -> list[Case]:

@@ -126,21 +126,15 @@ class Layout {
 
   // `x` broadcast to the logical shape; its first dim stands at logical dim `first` (default: aligned at the end).
   void add(Operand& operand, const Tensor& x, const char* name, int first = -1) {
-    const auto sizes = x.sizes();
-    const auto strides = x.strides();
-    const int rank = static_cast<int>(sizes.size());
-    if (first < 0) first = rank_ - rank;
-    STD_TORCH_CHECK(x.get_device_index() == device_, name, " is on another device");
-    STD_TORCH_CHECK(first >= 0 && first + rank <= rank_, name, " has too many dims: ", rank, " for ", rank_);
-    operand.data = x.data_ptr();
     operand.dtype = dtype_of(x, name);
-    int64_t (&out)[kMaxRank] = entry(operand.stride, &operand);
-    for (int d = 0; d < rank_; ++d) out[d] = 0;
-    for (int d = 0; d < rank; ++d) {
-      STD_TORCH_CHECK(sizes[d] == 1 || sizes[d] == size_[first + d], name, " does not broadcast: size ", sizes[d],
-                      " against ", size_[first + d], " at dim ", first + d);
-      out[first + d] = sizes[d] == 1 ? 0 : strides[d];
-    }
+    place(operand, x, name, first);
+  }
+
+  // The same for a tensor that may be uint8 or bool instead of floating.
+  void add_bytes_too(Operand& operand, const Tensor& x, const char* name) {
+    operand.bytes = x.scalar_type() == ScalarType::Byte || x.scalar_type() == ScalarType::Bool;
+    if (!operand.bytes) operand.dtype = dtype_of(x, name);
+    place(operand, x, name, -1);
   }
 
   // `x` [*R, D], where the logical dims are R.
@@ -214,6 +208,24 @@ class Layout {
 
  private:
   static constexpr int kMaxEntries = 16;
+
+  void place(Operand& operand, const Tensor& x, const char* name, int first) {
+    const auto sizes = x.sizes();
+    const auto strides = x.strides();
+    const int rank = static_cast<int>(sizes.size());
+    if (first < 0) first = rank_ - rank;
+    STD_TORCH_CHECK(x.get_device_index() == device_, name, " is on another device");
+    STD_TORCH_CHECK(first >= 0 && first + rank <= rank_, name, " has too many dims: ", rank, " for ", rank_);
+    operand.data = x.data_ptr();
+    int64_t (&out)[kMaxRank] = entry(operand.stride, &operand);
+    for (int d = 0; d < rank_; ++d) out[d] = 0;
+    for (int d = 0; d < rank; ++d) {
+      STD_TORCH_CHECK(sizes[d] == 1 || sizes[d] == size_[first + d], name, " does not broadcast: size ", sizes[d],
+                      " against ", size_[first + d], " at dim ", first + d);
+      out[first + d] = sizes[d] == 1 ? 0 : strides[d];
+    }
+  }
+
   int64_t (&entry(int64_t (&target)[kMaxDims], Operand* operand)) [kMaxRank] {
     target_[entries_] = target;
     operand_[entries_] = operand;

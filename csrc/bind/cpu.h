@@ -65,6 +65,10 @@ struct Device {
   void run(const GaussianBackward& call) const { cpu::gaussian_backward(call, parallel); }
   void run(const LogProbForward& call) const { cpu::log_prob_forward(call, parallel); }
   void run(const LogProbBackward& call) const { cpu::log_prob_backward(call, parallel); }
+  void run(const ReconForward& call) const { cpu::recon_forward(call, parallel); }
+  void run(const ReconBackward& call) const { cpu::recon_backward(call, parallel); }
+  void run(const MultinomialForward& call) const { cpu::multinomial_forward(call, parallel); }
+  void run(const MultinomialBackward& call) const { cpu::multinomial_backward(call, parallel); }
   void run(const VqAssign& call) const { cpu::vq_assign(call, parallel); }
   void run(const VqGather& call) const { cpu::vq_gather(call, parallel); }
   void run(const VqGatherBackward& call) const { cpu::vq_gather_backward(call, parallel); }

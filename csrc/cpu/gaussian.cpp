@@ -56,11 +56,6 @@ bool swap_dims(Gaussian& call, std::initializer_list<Operand*> operands) {
   return true;
 }
 
-// Rows and tasks end together, so a tile of up to a whole task is whole rows, or lies within one.
-bool rows_fit_tasks(const Shape& shape) {
-  return shape.width > 0 && (kChunk % shape.width == 0 || shape.width % kChunk == 0);
-}
-
 // Elements that a kernel takes at a time: a whole task where every operand is used in place, so no buffer limits it.
 template <class T>
 int64_t tile_step(const Gaussian& call, bool swapped, std::initializer_list<const Operand*> operands) {

@@ -7,45 +7,10 @@ enum class Noisy { drawn, given, either };  // either: t.noise tells, and there 
 
 using Options = TileOptions<float>;
 
-// One evaluation of exp serves all that the step needs of h = log sigma. With f = h - j log 2:
-//     sigma = exp(h)     gap = expm1(h) - h     u = expm1(h)
-// (Above h = 88.38, half a power of two below overflow, j stays 127 and sigma is within 1e-5.)
-// For |h| < 0.35, j = 0 and gap is the series itself: no cancellation near the prior, and no select.
-// Then expm1(2h) = u (u + 2) and expm1(2h) - 2h = u^2 + 2 gap.
-struct Exp {
-  F sigma, gap, u;
-};
-
-VAEOPS_INLINE Exp exp_parts(F h) {
-  const F top = at_most(h, 89.0f);     // exp overflows at 88.72
-  const F x = at_least(top, -104.0f);  // and rounds to 0 here
-  const F magic = set1(0x1.8p23f);     // adding it rounds to an integer
-  const F j = at_most(fma(x, set1(1.44269504f), magic) - magic, 127.0f);
-  const F f = fnma(j, set1(1.42860677e-6f), fnma(j, set1(0.693145752f), x));
-  const F q = horner(f, set1(1.37805939e-3f), 8.37312452e-3f, 4.16695364e-2f, 1.66664720e-1f, 4.99999851e-1f);
-  const F r = q * (f * f), growth = f + r;
-  const F power = power_of_two(j), below = power - set1(1.0f);
-  Exp e;
-  e.sigma = fma(power, growth, power);
-  e.u = fma(power, growth, below);
-  e.gap = fma(power, r, fma(power, f, below) - top);
-  return e;
-}
+#include "cpu/exp_log.h"
 
 VAEOPS_INLINE F expm1_twice(const Exp& e) { return fma(e.u, e.u, e.u + e.u); }    // expm1(2h)
 VAEOPS_INLINE F gap_twice(const Exp& e) { return fma(e.u, e.u, e.gap + e.gap); }  // expm1(2h) - 2h
-
-// Natural logarithm of any float.
-VAEOPS_INLINE F log(F x) {
-  const Mask subnormal = less(x, set1(0x1p-126f));
-  const F y = log_unit(select(subnormal, x * set1(0x1p23f), x));
-  const F shifted = select(subnormal, y - set1(23 * 0.693147182f), y);
-  const F infinity = set1(__builtin_inff());
-  const F positive = select(less(x, infinity), shifted, x);
-  const F other =
-      (x - x) + select(less(x, set1(0.0f)), infinity - infinity, set1(0.0f) - infinity);  // 0: -inf; else NaN
-  return select(less(set1(0.0f), x), positive, other);
-}
 
 VAEOPS_INLINE F log_variance(F rho, Param param) {
   if (param == Param::logvar) return rho;

@@ -8,13 +8,17 @@ constexpr int kVectors = kBlock / kWidth;  // vectors that hold them
 constexpr float kLog[9] = {-0.13191646f, 0.1396245f,   -0.12115126f, 0.1401092f, -0.16685466f,
                            0.20010044f,  -0.24999689f, 0.33333224f,  -0.5f};
 
+// log(1 + f) for |f| <= 1/3.
+VAEOPS_INLINE F log1p_third(F f) {
+  const F p = horner(f, set1(kLog[0]), kLog[1], kLog[2], kLog[3], kLog[4], kLog[5], kLog[6], kLog[7], kLog[8]);
+  return fma(p, f * f, f);
+}
+
 // Natural logarithm of u in [2^-33, 1].
 VAEOPS_INLINE F log_unit(F u) {
   const I exponent = iand(isub(bits(u), iset1(0x3F2AAAAB)), iset1(0xFF800000));
   const F k = to_float(exponent) * set1(0x1p-23f);
-  const F f = floats(isub(bits(u), exponent)) - set1(1.0f);
-  const F p = horner(f, set1(kLog[0]), kLog[1], kLog[2], kLog[3], kLog[4], kLog[5], kLog[6], kLog[7], kLog[8]);
-  return fma(k, set1(0.693147182f), fma(p, f * f, f));
+  return fma(k, set1(0.693147182f), log1p_third(floats(isub(bits(u), exponent)) - set1(1.0f)));
 }
 
 #define VAEOPS_EACH _Pragma("GCC unroll 2") for (int v = 0; v < kN; ++v)

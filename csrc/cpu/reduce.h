@@ -14,6 +14,11 @@ namespace vaeops::cpu {
 constexpr int64_t kShortRow = 256;   // samples of fewer elements share tiles
 constexpr int64_t kWideRow = 16384;  // from here on a mean over the batch is split by columns, not by rows
 
+// Rows and tasks end together, so a tile of up to a whole task is whole rows, or lies within one.
+inline bool rows_fit_tasks(const Shape& shape) {
+  return shape.width > 0 && (kChunk % shape.width == 0 || shape.width % kChunk == 0);
+}
+
 // Runs `tile(begin, n, sink)` over every element of `shape` and reduces what it yields into `out`. n is at most `step`
 // (kTile, or kChunk for a tile function that needs no buffers), and kTile where elements are summed here.
 template <class C, class Tile>

@@ -28,6 +28,7 @@ VAEOPS_INLINE I shl(I x) {
   return _mm512_slli_epi32(x, kBits);
 }
 VAEOPS_INLINE Mask less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+VAEOPS_INLINE Mask equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 VAEOPS_INLINE Mask has_bit(I x, uint32_t bit) { return _mm512_test_epi32_mask(x, iset1(bit)); }
 VAEOPS_INLINE F select(Mask m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
 VAEOPS_INLINE F select_minus(Mask m, F yes, F no) {  // m ? -yes : no
@@ -47,6 +48,9 @@ VAEOPS_INLINE F load(const bf16* p) {
   return floats(shl<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))));
 }
 VAEOPS_INLINE F load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+VAEOPS_INLINE F load(const uint8_t* p) {
+  return to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 VAEOPS_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 // Round to nearest even in integers: VCVTNEPS2BF16 would flush subnormal inputs to zero, and needs AVX512_BF16.
 VAEOPS_INLINE void store(bf16* p, F x) {
@@ -90,6 +94,7 @@ VAEOPS_INLINE F unsigned_to_float(I x) {  // both halves are exact in fp32, thei
   return high + to_float(iand(x, iset1(0xFFFF)));
 }
 VAEOPS_INLINE Mask less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+VAEOPS_INLINE Mask equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 VAEOPS_INLINE Mask has_bit(I x, uint32_t bit) { return floats(_mm256_cmpeq_epi32(iand(x, iset1(bit)), iset1(bit))); }
 VAEOPS_INLINE F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
 VAEOPS_INLINE F select_minus(Mask m, F yes, F no) { return select(m, _mm256_xor_ps(yes, set1(-0.0f)), no); }
@@ -107,6 +112,9 @@ VAEOPS_INLINE F load(const bf16* p) {
   return floats(shl<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
 }
 VAEOPS_INLINE F load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+VAEOPS_INLINE F load(const uint8_t* p) {
+  return to_float(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 VAEOPS_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
 VAEOPS_INLINE void store(bf16* p, F x) {
   const I b = bits(x);
@@ -147,6 +155,7 @@ VAEOPS_INLINE I shl(I x) {
   return x << kBits;
 }
 VAEOPS_INLINE Mask less(F a, F b) { return a < b; }
+VAEOPS_INLINE Mask equal(F a, F b) { return a == b; }
 VAEOPS_INLINE Mask has_bit(I x, uint32_t bit) { return (x & bit) != 0; }
 VAEOPS_INLINE F select(Mask m, F yes, F no) { return m ? yes : no; }
 VAEOPS_INLINE F select_minus(Mask m, F yes, F no) { return m ? -yes : no; }
@@ -162,11 +171,14 @@ VAEOPS_INLINE F power_of_two(F j) {
 VAEOPS_INLINE F load(const float* p) { return *p; }
 VAEOPS_INLINE F load(const bf16* p) { return widen(*p); }
 VAEOPS_INLINE F load(const f16* p) { return widen(*p); }
+VAEOPS_INLINE F load(const uint8_t* p) { return *p; }
 VAEOPS_INLINE void store(float* p, F x) { *p = x; }
 VAEOPS_INLINE void store(bf16* p, F x) { *p = to_bf16(x); }
 VAEOPS_INLINE void store(f16* p, F x) { *p = to_f16(x); }
 
 #endif
+
+VAEOPS_INLINE F absolute(F x) { return floats(iand(bits(x), iset1(0x7FFFFFFF))); }
 
 template <class... Rest>
 VAEOPS_INLINE F horner(F x, F acc, Rest... coefficients) {

@@ -73,17 +73,21 @@ inline const T* read(const Operand& x, const Shape& shape, int64_t begin, int64_
   return buffer;
 }
 
-// The tile of an operand of any floating type, in the compute type C.
+// The tile of an operand of any floating type, or of bytes, in the compute type C.
 template <class C>
 inline const C* read_as(const Operand& x, const Shape& shape, int64_t begin, int64_t n, C* buffer) {
   if (x.data == nullptr) return nullptr;
-  const bool same = x.dtype == (sizeof(C) == 8 ? Dtype::f64 : Dtype::f32);
+  const bool same = !x.bytes && x.dtype == (sizeof(C) == 8 ? Dtype::f64 : Dtype::f32);
   if (same) return read<C>(x, shape, begin, n, buffer);
   const auto convert = [&](auto* data) {
     for_each_run(shape, x.stride, begin, n, [&](int64_t at, int64_t step, int64_t position, int64_t count) {
       for (int64_t i = 0; i < count; ++i) buffer[position + i] = static_cast<C>(widen(data[at + i * step]));
     });
   };
+  if (x.bytes) {
+    convert(static_cast<const uint8_t*>(x.data));
+    return buffer;
+  }
   switch (x.dtype) {
     case Dtype::f32:
       convert(static_cast<const float*>(x.data));

@@ -37,6 +37,7 @@ inline float widen(f16 x) {
 }
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
+inline float widen(uint8_t x) { return x; }
 
 inline bf16 to_bf16(float x) {  // round to nearest even
   const uint32_t b = float_bits(x);

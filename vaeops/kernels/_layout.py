@@ -181,9 +181,11 @@ class Launch(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    shape: torch.Size, operands: tuple[Strides | None, ...], sums: Sums, streams: int, block: int
-) -> Launch:
+    shape: torch.Size, operands: tuple[Strides | None, ...], sums: Sums, streams: int, block: int,
+    least: int = 1,
+) -> Launch:  # fmt: skip
     """`operands`: strides in `shape` of all that the kernel knows, in its order; None for an absent one.
+    `least`: tiles of a chunk, where a group has as many.
 
     A model calls with few shapes, and finding out takes longer than a launch: hence the cache.
     """
@@ -199,7 +201,7 @@ def plan(
         groups, group_tiles, most = v.rows, col_blocks, MAX_ROW_CHUNKS
     else:
         groups, group_tiles, most = 1, row_blocks * col_blocks, MAX_CHUNKS
-    tiles = -(-group_tiles // most)
+    tiles = max(-(-group_tiles // most), min(least, group_tiles))
     chunks = -(-group_tiles // tiles)
     quads = length % v.cols == 0 and (v.cols % 4 == 0 or v.cols == length)
     found = iter(v.strides)

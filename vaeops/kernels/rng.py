@@ -28,12 +28,8 @@ def philox(key, low, high):
 
 
 @triton.jit
-def log_normal_range(u):
-    """Natural logarithm of normal u > 0, 0.94 ulp: u = 2^k m with m in [2/3, 4/3), a polynomial in m - 1."""
-    bits = u.to(tl.uint32, bitcast=True)
-    exponent = (bits - 0x3F2AAAAB) & 0xFF800000
-    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
-    k = exponent.to(tl.int32, bitcast=True).to(tl.float32) * 1.1920928955078125e-7
+def log1p_third(f):
+    """log(1 + f) of fp32 |f| <= 1/3."""
     p = tl.fma(f, -0.13191646, 0.1396245)
     p = tl.fma(f, p, -0.12115126)
     p = tl.fma(f, p, 0.1401092)
@@ -42,7 +38,17 @@ def log_normal_range(u):
     p = tl.fma(f, p, -0.24999689)
     p = tl.fma(f, p, 0.33333224)
     p = tl.fma(f, p, -0.5)
-    return tl.fma(k, 0.693147182, tl.fma(f * f, p, f))
+    return tl.fma(f * f, p, f)
+
+
+@triton.jit
+def log_normal_range(u):
+    """Natural logarithm of normal u > 0, 0.94 ulp: u = 2^k m with m in [2/3, 4/3), a polynomial in m - 1."""
+    bits = u.to(tl.uint32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) & 0xFF800000
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    k = exponent.to(tl.int32, bitcast=True).to(tl.float32) * 1.1920928955078125e-7
+    return tl.fma(k, 0.693147182, log1p_third(f))
 
 
 @triton.jit

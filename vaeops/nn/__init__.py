@@ -1,6 +1,7 @@
 """Modules over the ops: state and defaults, no maths of their own."""
 
 from .codebook import Codebook as Codebook, update_codebooks as update_codebooks
+from .elbo import ELBOLoss as ELBOLoss
 from .latent import (
     GaussianLatent as GaussianLatent,
     KLSchedule as KLSchedule,

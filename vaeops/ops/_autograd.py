@@ -12,8 +12,10 @@ call more than one whose forward takes `ctx`. So an op gets three Functions over
 
 Conventions of an op with T tensor arguments (each may be None), followed by plain Python options:
     forward kernel   (*tensors, *options) -> outputs, None for one that was not asked for
-    backward kernel  (*output gradients, *tensors, *options) -> a gradient per tensor of `wrt`, None for None
-    reference        backward's formula in differentiable PyTorch
+    backward kernel  (*output gradients, *tensors, *kept outputs, *options) -> a gradient per tensor of `wrt`,
+                     None for None
+    reference        backward's formula in differentiable PyTorch, a function of the tensors: what it is given
+                     as kept outputs it makes again
 The Functions take the options as one tuple: autograd handles every argument it is given.
 """
 
@@ -36,6 +38,7 @@ class Differentiable:
 
     name        forward op; `name_bwd` style partner in `backward`
     tensors     how many leading arguments are tensors; the first `wrt` of them have gradients
+    kept        how many of the last outputs are there for backward alone: they have no gradient
     reference   the backward formula in differentiable PyTorch
     fold_fwd, fold_bwd   the op on tensors of which some carry a vmapped dim:
                 (info, in_dims, tensors, options, call) -> outputs, all with the vmapped dim in front, made by
@@ -43,12 +46,13 @@ class Differentiable:
     """
 
     def __init__(self, forward: str, backward: str, *, outputs: int, tensors: int, wrt: int,
-                 reference: Callable, fold_fwd: Callable, fold_bwd: Callable) -> None:  # fmt: skip
+                 reference: Callable, fold_fwd: Callable, fold_bwd: Callable,
+                 kept: int = 0) -> None:  # fmt: skip
         fwd, bwd = overloads(forward), overloads(backward)
         self._op = fwd
         # The same, less a Python frame; Dynamo cannot trace it.
         self._kernel = {impl: op._op for impl, op in fwd.items()}
-        build = (outputs, tensors, wrt, reference, fold_fwd, fold_bwd)
+        build = (outputs - kept, kept, tensors, wrt, reference, fold_fwd, fold_bwd)
         by_impl = {impl: _functions(fwd[impl], bwd[impl], *build) for impl in (None, *IMPLS)}
         self._eager = {impl: f[0] for impl, f in by_impl.items()}
         self._traced = {impl: f[1] for impl, f in by_impl.items()}
@@ -101,7 +105,7 @@ def _distinct(tensors: tuple) -> list:
     return result
 
 
-def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
+def _functions(fwd, bwd, outputs, kept, tensors, wrt, reference, fold_fwd, fold_bwd):
     fwd_op, bwd_op = fwd._op, bwd._op
 
     nothing = (None,) * (tensors - wrt)
@@ -110,10 +114,14 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
     class Eager(Function):
         @staticmethod
         def forward(ctx, options, *args):
-            ctx.save_for_backward(*args)
             ctx.options = options
             ctx.set_materialize_grads(False)
-            return fwd_op(*args, *options)
+            result = fwd_op(*args, *options)
+            if kept:
+                args = *args, *result[outputs:]
+                ctx.mark_non_differentiable(*result[outputs:])
+            ctx.save_for_backward(*args)
+            return result
 
         @staticmethod
         def backward(ctx, *grads):
@@ -123,7 +131,16 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
             else:  # an undefined gradient reached every output
                 return no_gradient
             kernel = reference if _is_grad_enabled() else bwd_op
-            return None, *kernel(*grads, *ctx.saved_tensors, *ctx.options), *nothing
+            return None, *_tuple(kernel(*grads[:outputs], *ctx.saved_tensors, *ctx.options)), *nothing
+
+    def keep(ctx, inputs, result):
+        ctx.options, *saved = inputs
+        if kept:
+            saved += result[outputs:]
+            ctx.mark_non_differentiable(*result[outputs:])
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        return saved
 
     class Traced(Function):
         @staticmethod
@@ -132,13 +149,11 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            ctx.options, *saved = inputs
-            ctx.save_for_backward(*saved)
-            ctx.set_materialize_grads(False)
+            keep(ctx, inputs, output)
 
         @staticmethod
         def backward(ctx, *grads):
-            return None, *bwd(*grads, *ctx.saved_tensors, *ctx.options), *nothing
+            return None, *_tuple(bwd(*grads[:outputs], *ctx.saved_tensors, *ctx.options)), *nothing
 
     class TransformedBackward(Function):
         @staticmethod
@@ -169,7 +184,7 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
             given = [i for i in range(wrt) if saved[outputs + i] is not None]
             formula = _partial(reference, saved, options, live, given)
             found = dict(zip(given, _jvp(formula, [saved[i] for i in live], [tangents[i] for i in live])))
-            return tuple(found.get(i) for i in range(wrt))
+            return tuple(found.get(i) for i in range(wrt)) if wrt > 1 else found[0]
 
         @staticmethod
         def vmap(info, in_dims, options, *args):
@@ -182,17 +197,13 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            ctx.options, *saved = inputs
-            ctx.save_for_backward(*saved)
-            ctx.save_for_forward(*saved)
-            ctx.like = [
-                o if o is None else (o.shape, o.dtype) for o in (output if outputs > 1 else (output,))
-            ]
-            ctx.set_materialize_grads(False)
+            ctx.save_for_forward(*keep(ctx, inputs, output))
+            ctx.like = [o if o is None else (o.shape, o.dtype) for o in _tuple(output)[:outputs]]
 
         @staticmethod
         def backward(ctx, *grads):
-            return None, *TransformedBackward.apply(ctx.options, *grads, *ctx.saved_tensors), *nothing
+            gradients = TransformedBackward.apply(ctx.options, *grads[:outputs], *ctx.saved_tensors)
+            return None, *_tuple(gradients), *nothing
 
         @staticmethod
         def jvp(ctx, _, *tangents):
@@ -204,7 +215,7 @@ def _functions(fwd, bwd, outputs, tensors, wrt, reference, fold_fwd, fold_bwd):
             zeros = [saved[0].new_zeros(shape, dtype=dtype) for shape, dtype in (ctx.like[i] for i in made)]
             _, transpose = torch.func.vjp(formula, *zeros)[:2]
             found = dict(zip(made, transpose(tuple(tangents[i] for i in live))))
-            return tuple(found.get(i) for i in range(outputs)) if outputs > 1 else found[0]
+            return tuple(found.get(i) for i in range(outputs + kept)) if outputs + kept > 1 else found[0]
 
         @staticmethod
         def vmap(info, in_dims, options, *args):
@@ -223,10 +234,14 @@ def _partial(
         full = list(saved)
         for i, value in zip(free, values):
             full[i] = value
-        result = reference(*full, *options)
+        result = _tuple(reference(*full, *options))
         return tuple(result[i] for i in wanted)
 
     return formula
+
+
+def _tuple(result: Tensor | tuple) -> tuple:
+    return (result,) if isinstance(result, Tensor) else result
 
 
 def _folded(result: Tensor | tuple[Tensor | None, ...]) -> tuple:

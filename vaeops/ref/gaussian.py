@@ -105,7 +105,7 @@ def reduced_shape(shape: torch.Size, reduction: int, batch_ndim: int) -> list[in
     return list((shape, shape[batch_ndim:], shape[:batch_ndim], (), (), ())[reduction])
 
 
-def _spread(grad: Tensor, shape: torch.Size, reduction: int, batch_ndim: int) -> Tensor:
+def spread(grad: Tensor, shape: torch.Size, reduction: int, batch_ndim: int) -> Tensor:
     """Transpose of `reduce`: the gradient of each element, broadcastable to `shape`."""
     if reduction == 2:
         grad = grad.reshape(_weight_shape(shape, batch_ndim, reduction))
@@ -178,7 +178,7 @@ def gaussian_bwd(gz, gkl, q, rho, prior_mu, prior_rho, seed, eps, packed_dim, pa
         shift = temperature * _noise(mu.shape, seed, eps, dtype) * gz
         g_r = g_r + (shift if param == 2 else shift * _sigma(r, param) * (0.5 * chain))
     if gkl is not None:
-        w = _spread(gkl, mu.shape, reduction, batch_ndim)
+        w = spread(gkl, mu.shape, reduction, batch_ndim)
         if prior_mu is None:
             g_m = g_m + w * m
             g_r = g_r + w * (0.5 * chain) * torch.expm1(_log_variance(r, param))
@@ -218,7 +218,7 @@ def log_prob_bwd(grad, x, mu, rho, param, reduction, batch_ndim):
     v, m, r = x.to(dtype), mu.to(dtype), rho.to(dtype)
     s = _sigma(r, param)
     t = (v - m) / s
-    w = _spread(grad, x.shape, reduction, batch_ndim)
+    w = spread(grad, x.shape, reduction, batch_ndim)
     chain = 2 / r if param == 2 else (1.0, 2.0)[param]
     g = w * t / s
     return (-g).to(x.dtype), g.to(x.dtype), (0.5 * w * chain * (t * t - 1)).to(x.dtype)
@@ -231,7 +231,7 @@ def _bounds(clamp: tuple[float, float] | None) -> tuple[float, float]:
 def reparam_kl(mu, logvar, *, prior=None, param="logvar", clamp=None, reduction="batchmean", batch_ndim=1,
                temperature=1.0, seed=None, generator=None, eps=None, impl=None) -> LatentOutput:  # fmt: skip
     """Reference of `vaeops.reparam_kl`: same arguments, differentiable PyTorch throughout."""
-    _only_ref(impl)
+    only_ref(impl)
     mu, logvar = torch.broadcast_tensors(mu, logvar)
     if seed is None and eps is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (2,), device=mu.device, generator=generator)
@@ -259,7 +259,7 @@ def gaussian_kl(
     mu, logvar, *, prior=None, param="logvar", clamp=None, reduction="batchmean", batch_ndim=1, impl=None
 ) -> Tensor:
     """Reference of `vaeops.gaussian_kl`."""
-    _only_ref(impl)
+    only_ref(impl)
     mu, logvar = torch.broadcast_tensors(mu, logvar)
     (prior_mu, prior_rho), (lo, hi) = prior or (None, None), _bounds(clamp)
     _, kl = _latent(mu, logvar, prior_mu, prior_rho, None, None, PARAMS.index(param), lo, hi,
@@ -272,11 +272,18 @@ def gaussian_log_prob(
     x, mu, logvar, *, param="logvar", reduction="sample", batch_ndim=1, impl=None
 ) -> Tensor:
     """Reference of `vaeops.gaussian_log_prob`."""
-    _only_ref(impl)
+    only_ref(impl)
     x, mu, logvar = torch.broadcast_tensors(x, mu, logvar)
     return log_prob_fwd(x, mu, logvar, PARAMS.index(param), REDUCTIONS.index(reduction), batch_ndim)
 
 
-def _only_ref(impl: str | None) -> None:
+def gaussian_nll(x, mu, logvar, *, param="logvar", reduction="batchmean", batch_ndim=1, impl=None) -> Tensor:
+    """Reference of `vaeops.gaussian_nll`."""
+    return -gaussian_log_prob(
+        x, mu, logvar, param=param, reduction=reduction, batch_ndim=batch_ndim, impl=impl
+    )
+
+
+def only_ref(impl: str | None) -> None:
     if impl not in (None, "ref"):
         raise ValueError(f"vaeops.ref has no impl={impl!r}: it is the reference itself")

@@ -1,6 +1,6 @@
 """The Gaussian family: sample, KL and density of diagonal Gaussians."""
 
-from .log_prob import gaussian_log_prob as gaussian_log_prob
+from .log_prob import gaussian_log_prob as gaussian_log_prob, gaussian_nll as gaussian_nll
 from .reparam_kl import (
     LatentOutput as LatentOutput,
     gaussian_kl as gaussian_kl,

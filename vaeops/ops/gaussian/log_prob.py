@@ -83,3 +83,24 @@ def gaussian_log_prob(x: Tensor, mu: Tensor, logvar: Tensor, *, param: str = "lo
     )
     check_impl(op, impl, mu)
     return _log_prob(impl, (param_code, reduction_code, batch_ndim), x, mu, logvar)
+
+
+def gaussian_nll(x: Tensor, mu: Tensor, logvar: Tensor, *, param: str = "logvar",
+                 reduction: str = "batchmean", batch_ndim: int = 1,
+                 impl: str | None = None) -> Tensor:  # fmt: skip
+    """Minus the log-density of x under a diagonal Gaussian with a deviation of its own for every element.
+
+        (((x - mu) / sigma)^2 + log sigma^2 + log 2 pi) / 2
+
+    It is a reconstruction loss: the decoder gives mu and logvar. With one fixed deviation for all,
+    `recon_loss(..., "gaussian_nll", scale=sigma)` reads less.
+
+    Args:
+        x, mu, logvar, param, reduction, batch_ndim, impl: as in `gaussian_log_prob`.
+
+    Returns:
+        -gaussian_log_prob(...), in fp32 (fp64 for fp64). Gradients to x, mu and logvar.
+    """
+    return -gaussian_log_prob(
+        x, mu, logvar, param=param, reduction=reduction, batch_ndim=batch_ndim, impl=impl
+    )
