@@ -141,3 +141,72 @@ def test_rng(data):
         assert child.shape[-1] == 2
     except EXPECTED as error:
         assert str(error)
+
+
+@st.composite
+def reconstructions(draw):
+    shape = draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    target = draw(st.sampled_from([dtype, torch.float32, torch.uint8, torch.bool]))
+    batch_ndim = draw(st.integers(0, len(shape)))
+    tensors = {"pred": torch.full(shape, 0.5, dtype=dtype), "target": torch.ones(shape, dtype=target)}
+    if draw(st.booleans()):
+        tensors["weight"] = torch.ones(draw(st.sampled_from([(), shape[-1:], shape])))
+    if draw(st.booleans()):
+        tensors["mask"] = torch.ones(draw(st.sampled_from([(), shape[-1:], shape])), dtype=torch.bool)
+    options = {
+        "kind": draw(st.sampled_from([*vaeops.ref.recon.KINDS, "l3"])),
+        "reduction": draw(st.sampled_from([*vaeops.ref.gaussian.REDUCTIONS, "median"])),
+        "batch_ndim": draw(st.sampled_from([batch_ndim, batch_ndim, batch_ndim, -1, 9, 1.5])),
+        "scale": draw(st.sampled_from([None, None, 0.5, 0, -1.0, math.nan, math.inf, "1"])),
+    }
+    victim = draw(st.sampled_from(sorted(tensors)))
+    tensors[victim] = mutate(draw(st.sampled_from(MUTATIONS)), tensors[victim], draw)
+    return tensors, options
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(reconstructions())
+def test_recon_loss(call):
+    tensors, options = call
+    pred = tensors.pop("pred")
+    if isinstance(pred, torch.Tensor) and pred.is_floating_point():
+        pred = pred.detach().requires_grad_()
+    try:
+        loss = vaeops.recon_loss(pred, **tensors, **options)
+    except EXPECTED as error:
+        assert str(error)
+        return
+    code = vaeops.ref.gaussian.REDUCTIONS.index(options["reduction"])
+    assert list(loss.shape) == vaeops.ref.gaussian.reduced_shape(pred.shape, code, options["batch_ndim"])
+    if not loss.is_meta:
+        loss.backward(torch.ones_like(loss))
+        assert pred.grad.shape == pred.shape
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_low_level_losses_stay_in_bounds(data):
+    shape = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
+    args = [torch.ones(shape), torch.ones(shape, dtype=torch.uint8), torch.ones(shape[-1:])]
+    which = data.draw(st.integers(0, 2))
+    args[which] = mutate(data.draw(st.sampled_from(MUTATIONS)), args[which], data.draw)
+    options = (
+        data.draw(st.integers(-1, 10)),  # kind
+        data.draw(st.sampled_from([1.0, 0.0, math.nan])),  # scale
+        data.draw(st.integers(-2, 6)),  # reduction
+        data.draw(st.integers(-1, 4)),  # batch_ndim
+    )
+    rows = torch.ones(shape[0] + data.draw(st.integers(0, 1)))
+    for forward, backward, extra in (
+        (torch.ops.vaeops.recon_fwd, torch.ops.vaeops.recon_bwd, options),
+        (torch.ops.vaeops.multinomial_fwd, torch.ops.vaeops.multinomial_bwd, ()),
+    ):
+        try:
+            out = forward(*args, *extra)
+            if extra:
+                backward(torch.ones_like(out), *args, *extra)
+            else:
+                backward(rows, *args, rows.double(), rows)
+        except (*EXPECTED, IndexError):  # on meta tensors the fake indexes shapes
+            continue

@@ -94,9 +94,16 @@ VAEOPS_INLINE void evaluate(const F (&p)[kVectors], const F (&t)[kVectors], cons
   for (int v = 0; v < kVectors; ++v) out[v] = kSlope ? slope<kKind>(p[v], t[v], o) : element<kKind>(p[v], t[v], o);
 }
 
+VAEOPS_INLINE void prefetch(const void* from, size_t bytes) {
+  __builtin_prefetch(static_cast<const char*>(from) + bytes + 2048);
+}
+
 // The 64 elements, or slopes, from i on. An element of weight 0 yields 0, whatever it holds.
 template <bool kSlope, class T, class S>
 VAEOPS_INLINE void block(const ReconTile<T, S>& tile, int64_t i, const Options& o, F (&out)[kVectors]) {
+  // The hardware's own prefetch stops where a 4 KiB page ends.
+  for (size_t line = 0; line < kBlock * sizeof(T); line += 64) prefetch(tile.pred + i, line);
+  for (size_t line = 0; line < kBlock * sizeof(S); line += 64) prefetch(tile.target + i, line);
   F p[kVectors], t[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     p[v] = load(tile.pred + i + v * kWidth);

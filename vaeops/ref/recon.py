@@ -22,7 +22,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from . import gaussian
 
@@ -33,6 +32,7 @@ ELEMENTWISE = (
 KINDS = (*ELEMENTWISE, "multinomial")
 SCALED = ("huber", "gaussian_nll", "laplace_nll", "discretized_logistic")  # those that read `scale`
 MULTINOMIAL_REDUCTIONS = ("sample", "batchmean", "sum")
+logsigmoid = torch.nn.functional.logsigmoid
 HALF_LEVEL = 1 / 510  # half the distance of two levels of an 8-bit image in [0, 1]
 
 
