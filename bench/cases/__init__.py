@@ -3,9 +3,7 @@
 from ..case import Case
 from . import gaussian, perceptual, recon, rng, vq
 
-ALL: list[Case] = [
-    *rng.CASES, *gaussian.CASES, *recon.CASES, *vq.CASES, *perceptual.CASES
-]
+ALL: list[Case] = [*rng.CASES, *gaussian.CASES, *recon.CASES, *vq.CASES, *perceptual.CASES]
 
 
 def select(patterns: list[str] | None) -> list[Case]:

@@ -82,7 +82,9 @@ class ReconCase:
         rows = [Row("eager", eager)]
         if compiled:
             rows.append(Row(COMPILE, torch.compile(eager, fullgraph=True, dynamic=False)))
-        return rows + [Row(name, self._ours(impl), ours=True) for name, impl in our_impls(device)]
+        return rows + [
+            Row(name, self._ours(impl), ours=True) for name, impl in our_impls(device, "recon_fwd")
+        ]
 
     def check(self, row: Row, inputs: Inputs) -> dict[str, float]:
         pred, target = inputs.leaves
