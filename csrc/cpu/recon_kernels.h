@@ -94,8 +94,9 @@ VAEOPS_INLINE void evaluate(const F (&p)[kVectors], const F (&t)[kVectors], cons
   for (int v = 0; v < kVectors; ++v) out[v] = kSlope ? slope<kKind>(p[v], t[v], o) : element<kKind>(p[v], t[v], o);
 }
 
+// As an integer: the address may lie past the end, where a pointer may not.
 VAEOPS_INLINE void prefetch(const void* from, size_t bytes) {
-  __builtin_prefetch(static_cast<const char*>(from) + bytes + 2048);
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + bytes + 2048));
 }
 
 // The 64 elements, or slopes, from i on. An element of weight 0 yields 0, whatever it holds.
