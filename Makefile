@@ -71,8 +71,7 @@ SAN := build/sanitize
 SAN_FLAGS := -O1 -g -fsanitize=address,undefined -fno-omit-frame-pointer -fno-sanitize-recover=undefined
 PRELOAD = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so) $(shell g++ -print-file-name=libstdc++.so)
 sanitize: $(READY)
-	rm -rf $(SAN) && mkdir -p $(SAN)
-	tar cf - --exclude=__pycache__ --exclude='*.so' csrc vaeops tests setup.py pyproject.toml | tar xf - -C $(SAN)
+	rm -rf $(SAN) && mkdir -p $(SAN) && cp -r csrc vaeops tests setup.py pyproject.toml $(SAN)/ && rm -f $(SAN)/vaeops/*.so
 	cd $(SAN) && VAEOPS_NATIVE=require CFLAGS="$(SAN_FLAGS)" LDFLAGS="-fsanitize=address,undefined" \
 	  $(abspath $(PY)) setup.py -q build_ext --inplace > build.log 2>&1 || { tail -30 build.log; exit 1; }
 	cd $(SAN) && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
