@@ -25,7 +25,7 @@ test: $(BUILT)
 test-all: $(BUILT)
 	$(PY) -m pytest tests --slow
 
-# torchvision stays apart: a CUDA build of it breaks whatever imports it next to a CPU torch (tests/peers.py mends that).
+# torchvision stays apart: a CUDA build of it breaks whatever imports it next to a CPU torch (bench/peers.py mends that).
 .venv/ready: constraints.txt pyproject.toml
 	test -x .venv/bin/python || python3 -m venv .venv
 	$(PIP) install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch triton numpy setuptools \
