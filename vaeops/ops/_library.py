@@ -80,7 +80,7 @@ def why_not(impl: str, device_type: str, name: str | None = None) -> str | None:
 
 
 def serving(device_type: str, name: str | None = None) -> str:
-    """What serves a device when nothing is forced: native before Triton, but for some ops, before reference."""
+    """What serves a device when nothing is forced: the reference last, native code first for most ops."""
     order = ("cpp", "triton", "cuda") if name in _triton_first else ("cpp", "cuda", "triton")
     for impl in order:
         if impl == "triton" and _interpreting():
