@@ -25,7 +25,7 @@ test: $(BUILT)
 test-all: $(BUILT)
 	$(PY) -m pytest tests --slow
 
-# torchvision stays apart: a CUDA build of it breaks whatever imports it next to a CPU torch (tests/peers.py mends that).
+# torchvision stays apart: a CUDA build of it breaks whatever imports it next to a CPU torch (bench/peers.py mends that).
 .venv/ready: constraints.txt pyproject.toml
 	test -x .venv/bin/python || python3 -m venv .venv
 	$(PIP) install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch triton numpy setuptools \
@@ -68,7 +68,7 @@ format: $(READY)
 
 # A copy of the package whose native parts carry the sanitizers, under the CPU suite; then the C++ tests with them.
 SAN := build/sanitize
-SAN_FLAGS := -O1 -g -fsanitize=address,undefined -fno-omit-frame-pointer -fno-sanitize-recover=undefined
+SAN_FLAGS := -O1 -g1 -fsanitize=address,undefined -fno-omit-frame-pointer -fno-sanitize-recover=undefined
 PRELOAD = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so) $(shell g++ -print-file-name=libstdc++.so)
 sanitize: $(READY)
 	rm -rf $(SAN) && mkdir -p $(SAN) && cp -r csrc vaeops tests setup.py pyproject.toml $(SAN)/ && rm -f $(SAN)/vaeops/*.so

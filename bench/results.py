@@ -81,14 +81,18 @@ def store(path: Path, common: dict, rows: Iterable[dict]) -> None:
         return row["machine"], row["case"], str(row["threads"])
 
     new = [{field: str((common | row)[field]) for field in FIELDS} for row in rows]
-    kept = [row for row in read(path) if key(row) != key(common)]
+    old = read(path)
+    place = next(
+        (i for i, row in enumerate(old) if key(row) == key(common)), len(old)
+    )  # tables keep their order
+    rest = [[row for row in part if key(row) != key(common)] for part in (old[:place], old[place:])]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
             writer.writeheader()
-            writer.writerows(kept + new)
+            writer.writerows(rest[0] + new + rest[1])
         os.chmod(temporary, 0o644)  # mkstemp makes it private
         os.replace(temporary, path)
     except BaseException:

@@ -15,6 +15,14 @@ from vaeops.ops import _library
 SECTIONS = ["versions", "native", "cpu", "gpu", "environment", "ops"]
 
 
+def test_what_serves_cuda_where_everything_is_there(monkeypatch):
+    monkeypatch.setattr(
+        _library, "why_not", lambda impl, device, name=None: None if impl != "cpp" else "runs on CPU"
+    )
+    assert _library.serving("cuda", "vq_gather") == "cuda"
+    assert _library.serving("cuda", "vq_assign") == _library.serving("cuda", "vq_topk") == "triton"
+
+
 def test_info_is_plain_values():
     found = vaeops.info()
     assert list(found) == SECTIONS

@@ -50,8 +50,7 @@ def test_every_family_has_its_files(family):
             f"{folder}/{family}"
         )
     assert (ROOT / f"tests/test_{family}.py").exists()
-    kernels = "vgg" if family == "perceptual" else family
-    assert (ROOT / f"csrc/bind/{family}.cpp").exists() and (ROOT / f"csrc/cpu/{kernels}.cpp").exists()
+    assert (ROOT / f"csrc/bind/{family}.cpp").exists() and (ROOT / f"csrc/cpu/{family}.cpp").exists()
     assert list((ROOT / "csrc/cuda").glob(f"{family}*.cu")) or family == "perceptual"  # Triton serves CUDA
 
 
@@ -120,7 +119,7 @@ def test_import_starts_no_cuda_and_imports_no_triton():
 
 def test_import_costs_less_than_100_ms_over_torch(tmp_path):
     code = (
-        "import torch, time; t = time.process_time(); import vaeops; print((time.process_time() - t) * 1e3)"
+        "import torch, time; t = time.perf_counter(); import vaeops; print((time.perf_counter() - t) * 1e3)"
     )
     cache = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     python("import vaeops", **cache)  # compiles the bytecode

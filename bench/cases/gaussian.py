@@ -51,6 +51,7 @@ class GaussianCase:
     dtype: torch.dtype = torch.float32
     reduction: str = "sample"  # "dim" stands for free bits on the batch mean of each dimension
     packed: bool = False
+    channels_last: bool = False
     small: bool = False
     wrapper: bool = False  # so small that only the cost of a call shows: adds rows that take the call apart
     ceiling: str = "copy"
@@ -64,7 +65,7 @@ class GaussianCase:
     def name(self) -> str:
         kind = "freebits" if self.reduction == "dim" else self.reduction
         parts = ["packed"] * self.packed + ["x".join(map(str, self.shape)), _DTYPES[self.dtype], kind]
-        return "-".join(parts)
+        return "-".join(parts + ["channels-last"] * self.channels_last)
 
     @property
     def elements(self) -> int:
@@ -80,6 +81,8 @@ class GaussianCase:
 
     def inputs(self, device: torch.device) -> Inputs:
         mu, logvar, grad_z = (torch.randn(self.shape, device=device).to(self.dtype) for _ in range(3))
+        if self.channels_last:
+            mu, logvar, grad_z = (t.to(memory_format=torch.channels_last) for t in (mu, logvar, grad_z))
         halves = (mu * 0.5, logvar * 0.5)
         leaves = (torch.cat(halves, dim=1),) if self.packed else halves
         return Inputs(tuple(t.requires_grad_() for t in leaves), grad_z)
@@ -182,6 +185,7 @@ CASES = [
     GaussianCase(_LARGE, torch.float32, "batchmean"),
     GaussianCase(_LARGE, torch.bfloat16, "sample"),
     GaussianCase(_LARGE, torch.bfloat16, "batchmean"),
+    GaussianCase(_LARGE, torch.float32, "sample", channels_last=True),
     GaussianCase((16, 16, 128, 128)),
     GaussianCase((8, 16, 128, 128)),
     GaussianCase((4096, 256)),

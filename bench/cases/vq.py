@@ -101,7 +101,7 @@ class AssignCase:
             rows.append(row("faiss", faiss_knn))
         if device.type == "cuda" and importlib.util.find_spec("flash_kmeans"):
             rows.append(row("flash-kmeans", flash_kmeans))
-        rows += [row(name, vaeops.vq_assign, impl=impl) for name, impl in our_impls(device)]
+        rows += [row(name, vaeops.vq_assign, impl=impl) for name, impl in our_impls(device, "vq_assign")]
         rows.append(row(FAST, vaeops.vq_assign, precision="fast"))
         return rows
 
@@ -157,7 +157,7 @@ class TrainingCase(AssignCase):
             rows.append(Row("lucidrains", _Layer(peer, lambda out: (out[0], out[2].sum()))))
         ours = vaeops.nn.VectorQuantize(self.d, self.k, decay=0.99).to(device)
         layer = _Layer(ours, lambda out: (out.quantized, out.commit_loss))
-        return [*rows, Row(our_impls(device)[0][0], layer, ours=True)]
+        return [*rows, Row(our_impls(device, "vq_assign")[0][0], layer, ours=True)]
 
     def check(self, row: Row, inputs: Inputs) -> dict[str, float]:
         x, codebook = inputs.leaves

@@ -230,9 +230,11 @@ std::tuple<Tensor, Tensor> vq_segment_sum(const Tensor& values, const Tensor& in
 
 STABLE_TORCH_LIBRARY_IMPL(vaeops, VAEOPS_DEVICE, m) {
   using namespace vaeops::bind;
+#if !defined(VAEOPS_CUDA)  // there vaeops/ops/_library.py chooses
   m.impl("vq_assign", TORCH_BOX(&vq_assign));
-  m.impl("vq_assign" VAEOPS_OVERLOAD, TORCH_BOX(&vq_assign));
   m.impl("vq_topk", TORCH_BOX(&vq_topk));
+#endif
+  m.impl("vq_assign" VAEOPS_OVERLOAD, TORCH_BOX(&vq_assign));
   m.impl("vq_topk" VAEOPS_OVERLOAD, TORCH_BOX(&vq_topk));
   m.impl("vq_gather", TORCH_BOX(&vq_gather));
   m.impl("vq_gather" VAEOPS_OVERLOAD, TORCH_BOX(&vq_gather));

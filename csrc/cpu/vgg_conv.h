@@ -1,5 +1,5 @@
-// What a convolution of a trunk offers to the program in vgg.cpp. Maps are NHWC, channels a multiple of 16; their
-// elements are fp32, and bf16 where the algorithm is bf16. n images of h x w.
+// What a convolution of a trunk offers to the program in vgg_program.cpp. Maps are NHWC, channels a multiple of 16;
+// their elements are fp32, and bf16 where the algorithm is bf16. n images of h x w.
 #pragma once
 #include "vaeops.h"
 

@@ -1,4 +1,4 @@
-// Distances between maps on a CPU: of the trunk's taps (vgg.cpp) and of given maps. Specification:
+// Distances between maps on a CPU: of the trunk's taps (perceptual.cpp) and of given maps. Specification:
 // vaeops/ref/perceptual.py. Sums run over pieces of a fixed size, which are added in order and in fp64.
 #include "cpu/vgg_heads.h"
 

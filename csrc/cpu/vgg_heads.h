@@ -1,4 +1,4 @@
-// Distances between maps, and their gradients in the same pass. What vgg.cpp and the op on given maps share.
+// Distances between maps, and their gradients in the same pass. What perceptual.cpp and the op on given maps share.
 #pragma once
 #include "cpu/types.h"
 #include "vaeops.h"

@@ -17,19 +17,23 @@ IMPLS = ("ref", "cpp", "triton", "cuda")
 
 library = torch.library.Library("vaeops", "DEF")
 names: list[str] = []
-_without_cuda: set[str] = set()  # names of ops that have no CUDA C++ kernel, so that Triton serves CUDA
+_without_cuda: set[str] = set()  # names of ops that have no CUDA C++ kernel
+_triton_first: set[str] = set()  # names of ops whose CUDA C++ kernel serves CUDA only where Triton is missing
 
 
 def define(name: str, signature: str, *, fake: Callable, ref: Callable, triton: Callable,
-           cuda: bool = True) -> None:  # fmt: skip
+           cuda: bool = True, triton_first: bool = False) -> None:  # fmt: skip
     """Register `vaeops::name(signature)`. C++ and CUDA kernels attach themselves when their library loads.
 
     `triton` is called only when a Triton kernel has to run, so it may import Triton. `cuda`: whether the op
-    has a CUDA C++ kernel; without one Triton serves CUDA.
+    has a CUDA C++ kernel; without one Triton serves CUDA. `triton_first`: Triton serves CUDA although it has;
+    its C++ binding then leaves the CUDA default to this function.
     """
     names.append(name)
     if not cuda:
         _without_cuda.add(name)
+    if triton_first:
+        _triton_first.add(name)
     for overload in ("", *IMPLS):
         qualified = f"{name}.{overload}" if overload else name
         library.define(qualified + signature, tags=(torch.Tag.pt2_compliant_tag,))
@@ -39,8 +43,11 @@ def define(name: str, signature: str, *, fake: Callable, ref: Callable, triton: 
     # Triton's interpreter runs kernels on CPU tensors; it takes the place of a GPU in tests and serves
     # `impl="triton"` only.
     library.impl(f"{name}.triton", triton, "CPU" if _interpreting() else "CUDA")
-    if serving("cuda", name) == "triton":
+    best = serving("cuda", name)
+    if best == "triton":
         library.impl(name, triton, "CUDA")
+    elif best == "cuda" and triton_first:
+        library.impl(name, lambda *args: overloads(name)["cuda"](*args), "CUDA")
 
 
 def overloads(name: str) -> dict[str | None, torch._ops.OpOverload]:
@@ -73,8 +80,11 @@ def why_not(impl: str, device_type: str, name: str | None = None) -> str | None:
 
 
 def serving(device_type: str, name: str | None = None) -> str:
-    """What serves a device when nothing is forced: CUDA C++ before Triton, native before reference."""
-    for impl in ("cpp", "cuda", "triton") if not _interpreting() else ("cpp", "cuda"):
+    """What serves a device when nothing is forced: the reference last, native code first for most ops."""
+    order = ("cpp", "triton", "cuda") if name in _triton_first else ("cpp", "cuda", "triton")
+    for impl in order:
+        if impl == "triton" and _interpreting():
+            continue
         if why_not(impl, device_type, name) is None:
             return impl
     return "ref"

@@ -35,12 +35,14 @@ def _fake_topk(x, codebook, mask, k, metric, exact, int32):
     )
 
 
+# Triton's search runs on tensor cores, the CUDA C++ one does not.
 define("vq_assign", "(Tensor x, Tensor codebook, Tensor? mask, int metric, bool exact, bool int32) -> Tensor",
-       fake=_fake_assign, ref=ref.vq_assign, triton=triton_kernel("vq_assign"))  # fmt: skip
+       fake=_fake_assign, ref=ref.vq_assign, triton=triton_kernel("vq_assign"),
+       triton_first=True)  # fmt: skip
 define("vq_topk",
        "(Tensor x, Tensor codebook, Tensor? mask, int k, int metric, bool exact, bool int32)"
        " -> (Tensor, Tensor)",
-       fake=_fake_topk, ref=ref.vq_topk, triton=triton_kernel("vq_topk"))  # fmt: skip
+       fake=_fake_topk, ref=ref.vq_topk, triton=triton_kernel("vq_topk"), triton_first=True)  # fmt: skip
 ASSIGN, _TOPK = overloads("vq_assign"), overloads("vq_topk")
 
 
