@@ -19,7 +19,7 @@ from .conv import CelebAVAE, CelebAVAEXL, ConvVAE, ConvVAESmall
 from .vae import MLPVAE, WorkshopVAE
 from .vq import MLPVQVAE
 
-PRESETS: dict[str, partial[nn.Module]] = {
+PRESETS: dict[str, partial[Any]] = {
     "tiny-2d": partial(
         MLPVAE, in_dim=2, hidden=(16,), latent=2, input_range=None, recon="mse", reduction="mean", beta=0.05
     ),
@@ -61,7 +61,7 @@ def create(preset: str, **overrides: Any) -> nn.Module:
         if name not in takes:
             raise ValueError(f"create: {preset} takes no {name!r}{nearest(name, takes)}")
     model = PRESETS[preset](**overrides)
-    model.preset, model.overrides = preset, dict(overrides)  # type: ignore[assignment]
+    model.preset, model.overrides = preset, dict(overrides)
     return model
 
 
@@ -87,13 +87,14 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
 
     from .. import __version__
 
-    if not hasattr(model, "preset"):
+    preset, overrides = getattr(model, "preset", None), getattr(model, "overrides", {})
+    if preset is None:
         raise ValueError(
             f"save: model must come from create(), got a {type(model).__name__} without a preset"
         )
-    plain = {k: v for k, v in model.overrides.items() if not isinstance(v, nn.Module)}  # type: ignore[union-attr, operator]
+    plain = {name: value for name, value in overrides.items() if not isinstance(value, nn.Module)}
     try:
-        metadata = {"vaeops": __version__, "preset": model.preset, "overrides": json.dumps(plain)}
+        metadata = {"vaeops": __version__, "preset": preset, "overrides": json.dumps(plain)}
     except TypeError as error:
         raise TypeError(f"save: overrides must be plain values, got {plain}: {error}") from error
     # Copies: tensors that share memory are refused, and so are those of another memory format.

@@ -149,7 +149,7 @@ class VAE(nn.Module):
 
     def _conditioned(self, h: Tensor, label: Tensor | None) -> Tensor:
         check_label(self, label, len(h))
-        if not self.classes:
+        if label is None or not self.classes:
             return h
         one_hot = torch.eye(self.classes, dtype=h.dtype, device=h.device)
         return torch.cat((h, F.embedding(label, one_hot)), 1)  # unlike one_hot it does not wait for a GPU
