@@ -24,7 +24,8 @@ from .files import Files
 
 FOLDER = "vaeops-cache"
 _CHUNK = 64  # images that are decoded at a time
-_PROCESSES_FROM = 10_000  # images; fewer are decoded before the processes have imported what they need
+_PROCESSES = 16  # at most
+_PROCESSES_FROM = 20_000  # images; fewer are decoded before the processes have imported what they need
 _LOG = logging.getLogger("vaeops")
 Side = Callable[[int, int], int]  # (width, height) -> side of the square in the middle that is kept
 
@@ -99,7 +100,8 @@ def _fill(array: IO[bytes], title: str, files: Files, wanted: Sequence[str], siz
     """Writes a .npy file, row by row where each belongs: an archive's order need not be that of `wanted`."""
     rows = {file: row for row, file in enumerate(wanted)}
     mode = mode or ("L" if all(_is_grey(content) for _, content in files.contents(rows)) else "RGB")
-    first, shape, begin = "", (), 0
+    first, begin = "", 0
+    shape: tuple[int, ...] = ()
     with tqdm(total=len(wanted), desc=f"decoding {title}", unit="img", unit_scale=True) as bar:
         for names, images in _decode_all(files.contents(rows), len(wanted), mode, size, side):
             for file, pixels in zip(names, images):
@@ -122,7 +124,7 @@ def _decode_all(contents: Iterator[tuple[str, bytes]], n: int, mode: str, size: 
                 ) -> Iterator[tuple[list[str], list[np.ndarray]]]:  # fmt: skip
     """(names, images) of the contents by the chunk, in their order."""
     chunks = iter(lambda: list(itertools.islice(contents, _CHUNK)), [])
-    workers = os.cpu_count() or 1
+    workers = min(os.cpu_count() or 1, _PROCESSES)
     if n < _PROCESSES_FROM or workers == 1:
         for chunk in chunks:
             yield [file for file, _ in chunk], decode(chunk, mode, size, side)

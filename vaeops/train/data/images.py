@@ -61,8 +61,8 @@ def _faces(files: Files, wanted: list[str], split: str, size: int | None, cache:
             f"celeba: {files.path} has no {_FACES}/{absent[0]}, and {len(absent) - 1:,} more of the "
             f"{len(wanted):,} images of the split {split!r} are missing"
         )
-    options = {"size": size, "side": face_side, "mode": "RGB", "folder": cache}
-    return decoded("celeba", files, [where[file] for file in wanted], split, **options)
+    members = [where[file] for file in wanted]
+    return decoded("celeba", files, members, split, size=size, side=face_side, mode="RGB", folder=cache)
 
 
 def _by_name(files: Files) -> dict[str, str]:
@@ -130,8 +130,8 @@ def images(root: Path, split: str, size: int | None, seed: int, cache: Path | No
             raise ValueError(
                 f"images: {root} has no image of the split {split!r}: it has {len(found)} in all"
             )
-        options = {"size": size, "side": shorter_side, "folder": cache}
-        x = decoded("images", files, chosen, f"{split}-seed-{seed}", **options)
+        named = f"{split}-seed-{seed}"
+        x = decoded("images", files, chosen, named, size=size, side=shorter_side, folder=cache)
     folders = sorted({n.split("/")[0] for n in found})
     extra = {"files": tuple(chosen)}
     if not all("/" in n for n in found):
