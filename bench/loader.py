@@ -37,7 +37,7 @@ def images_per_second(batch: Callable[[Tensor], Tensor], order: Batches, seconds
 
 def measure(source: Path, rounds: int, seconds: float, cache: str) -> None:
     cached = load("celeba", source, size=SIDE, cache=cache)
-    with closing(Files(source)) as files:
+    with closing(Files("celeba", source)) as files:
         where = {PurePosixPath(name).name: name for name in files.names()}
         faces = [(name, files.read(where[name])) for name in cached.extra["files"]]
 

@@ -137,7 +137,7 @@ def test_celeba_without_attributes(tmp_path):
 
 
 def test_celeba_says_what_is_missing_or_wrong(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"celeba: there is no such folder or archive in .*\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"celeba: there is no folder or archive .*\.tar"):
         data.load("celeba", tmp_path / "celeba.tar")
     with pytest.raises(
         FileNotFoundError, match=r"no list_eval_partition\.txt in .* nor is there .*celeba\.zip"
@@ -220,7 +220,7 @@ def test_images_are_cut_square_upright_and_grey_where_all_are(tmp_path):
 
 
 def test_images_refuse(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no such folder or archive in .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"images: there is no folder or archive .*nowhere"):
         data.load("images", tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"has no image: \.bmp, "):
         data.load("images", tmp_path)
