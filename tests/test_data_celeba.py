@@ -18,6 +18,7 @@ pytest.importorskip("tqdm")
 matplotlib_image = pytest.importorskip("matplotlib.image")
 Image = pytest.importorskip("PIL.Image")
 
+from bench import loader  # noqa: E402
 from vaeops import cli  # noqa: E402
 from vaeops.train import data, workshop_celeba  # noqa: E402
 from vaeops.train.data import cache  # noqa: E402
@@ -316,6 +317,16 @@ def test_an_interrupted_decoding_leaves_the_old_cache(faces, monkeypatch):
             data.load("celeba", faces)
     assert sorted((faces / FOLDER).iterdir()) == kept
     assert np.array_equal(data.load("celeba", faces).x, x)
+
+
+def test_the_benchmark_of_the_cache(tmp_path, capsys):
+    source = write_tar(celeba_files([ORIGINAL] * 5), tmp_path / "celeba.tar")
+    loader.main([str(source), "--rounds", "1", "--seconds", "0.01", "--batch", "2"])
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"celeba\.tar: 4 training images .*\n +decode.* images/s .*\n +gather.* images/s .*x\n", printed
+    )
+    assert not (tmp_path / FOLDER).exists()
 
 
 # ---- real faces

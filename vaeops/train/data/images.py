@@ -32,7 +32,7 @@ def celeba(root: Path, split: str, size: int | None, cache: Path | None) -> Data
         lists = {n.split("/")[-1]: n for n in files.names() if n.endswith(".txt")}
         if _PARTITION not in lists:
             raise missing("celeba", _PARTITION, root, *_PLACES)
-        partition = _partition(files.read(lists[_PARTITION]).decode())
+        partition = _partition(files.read(lists[_PARTITION]).decode(errors="replace"))
         codes = [("train", "valid", "test").index(name) for name in split.split("+")]
         wanted = sorted(file for file, code in partition.items() if code in codes)
         if not wanted:
@@ -40,7 +40,7 @@ def celeba(root: Path, split: str, size: int | None, cache: Path | None) -> Data
         names: tuple[str, ...] = ()
         attributes = None
         if _ATTRIBUTES in lists:
-            names, attributes = _attributes(files.read(lists[_ATTRIBUTES]).decode(), wanted)
+            names, attributes = _attributes(files.read(lists[_ATTRIBUTES]).decode(errors="replace"), wanted)
         archive = next((n for n in files.names() if n.split("/")[-1] == _ARCHIVE), None)
         if archive is None or not files.path.is_dir() or _by_name(files):
             x = _faces(files, wanted, split, size, cache)
@@ -101,7 +101,7 @@ def _attributes(text: str, wanted: list[str]) -> tuple[tuple[str, ...], np.ndarr
     table = np.zeros((len(wanted), 40), bool)
     absent = dict.fromkeys(wanted)
     for number, line in enumerate(lines[2:], 3):
-        file, *values = line.split()
+        file, *values = line.split() or [""]
         if len(values) != 40 or values.count("1") + values.count("-1") != 40:
             raise ValueError(
                 f"celeba: {_ATTRIBUTES}, line {number}: a file and 40 of 1 or -1 are expected, got {line!r}"
