@@ -90,7 +90,7 @@ class Files:
 
 def _walk(folder: Path) -> dict[str, str]:
     """{relative name: path}, sorted in each folder. Strings: CelebA's 200,000 Paths would take seconds."""
-    found = {}
+    found: dict[str, str] = {}
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         inside = os.path.relpath(parent, folder).replace(os.sep, "/")
