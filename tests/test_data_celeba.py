@@ -180,6 +180,23 @@ def test_celeba_says_what_is_missing_or_wrong(tmp_path):
         data.load("celeba", tmp_path)
 
 
+def test_damaged_archives(tmp_path):
+    files = celeba_files([(8, 8)] * 3)
+    whole = write_tar(files, tmp_path / "celeba.tar").read_bytes()
+    inside = whole.rindex(b"img_align_celeba/000002.jpg")
+    (tmp_path / "celeba.tar").write_bytes(whole[: inside + 700])
+    with pytest.raises(ValueError, match=r"celeba: .*celeba\.tar is damaged: unexpected end of data"):
+        data.load("celeba", tmp_path / "celeba.tar", split="valid")
+    whole = write_zip(files, tmp_path / "celeba.zip").read_bytes()
+    inside = whole.index(files["img_align_celeba/000001.jpg"])
+    (tmp_path / "celeba.zip").write_bytes(whole[:inside] + b"?" + whole[inside + 1 :])
+    with pytest.raises(ValueError, match=r"celeba\.zip is damaged: Bad CRC.*000001\.jpg"):
+        data.load("celeba", tmp_path / "celeba.zip")
+    (tmp_path / "celeba.zip").write_bytes(whole[:-200])
+    with pytest.raises(ValueError, match=r"neither a folder nor a \.zip nor a \.tar, or it is incomplete"):
+        data.load("celeba", tmp_path / "celeba.zip")
+
+
 # ---- any folder
 
 
