@@ -123,7 +123,7 @@ def draw(path: Path, runs: dict[str, Run], faces: Tensor, random_trunk: bool) ->
 
 def read(source: Path, split: str, cache: Path | None) -> Tensor:
     """A split's faces, uint8 [N, 3, 64, 64]."""
-    found = data.load("celeba", source, split=split, size=CelebAVAE.SIDE, cache=cache)
+    found = data.load("celeba", source, split=split, size=SIDE, cache=cache)
     return found.batch(torch.arange(len(found)))[0]
 
 
