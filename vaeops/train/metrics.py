@@ -33,8 +33,9 @@ def psnr(recon: Tensor, x: Tensor, value_range: tuple[float, float]) -> Tensor:
 
 
 def ssim(recon: Tensor, x: Tensor, value_range: tuple[float, float]) -> Tensor:
-    """Structural similarity of each image, in [-1, 1]: an 11x11 Gaussian window of deviation 1.5, K1 = .01 and
-    K2 = .03, borders by reflection, the mean over pixels and channels.
+    """Structural similarity of each image, in [-1, 1], the mean over its pixels and channels.
+
+    An 11x11 Gaussian window of deviation 1.5, K1 = 0.01, K2 = 0.03; images go on by reflection.
 
     Args:
         recon, x: [B, C, H, W], floating, H and W at least 11. Both are clamped to the range.
@@ -85,7 +86,7 @@ def moments(features: np.ndarray) -> Moments:
 
 
 def load_moments(path: str | Path) -> Moments:
-    """The statistics of a features file: a .npy of features [N, D], or a .npz holding mu [D] and sigma [D, D].
+    """The moments of a features file: a .npy of features [N, D], or a .npz holding mu [D] and sigma [D, D].
 
     Both are what the usual FID programs write. No pickled content is read.
 
@@ -96,7 +97,7 @@ def load_moments(path: str | Path) -> Moments:
     if path.suffix == ".npy":
         return moments(np.load(path, allow_pickle=False))
     if path.suffix != ".npz":
-        raise ValueError(f"load_moments: a features file is .npy [N, D] or .npz with mu and sigma, got {path}")
+        raise ValueError(f"load_moments: a features file is a .npy, or a .npz with mu and sigma, got {path}")
     with np.load(path, allow_pickle=False) as file:
         if not {"mu", "sigma"} <= set(file.files):
             raise ValueError(f"load_moments: {path} must hold mu and sigma, it holds {sorted(file.files)}")
@@ -135,7 +136,7 @@ def frechet(a: Moments, b: Moments) -> float:
 
 
 def ranking(scores: Tensor, seen: Tensor, held_out: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Recall@k and NDCG@k of each user, by Mult-VAE's definitions; h_r is 1 where the item at rank r is held out.
+    """Recall@k and NDCG@k of each user, as Mult-VAE defines them; h_r = 1 where the r-th item is held out.
 
         Recall@k = sum_{r<=k} h_r / min(k, |held out|)
         NDCG@k   = sum_{r<=k} h_r / log2(r + 1)  /  sum_{r<=min(k, |held out|)} 1 / log2(r + 1)
@@ -157,7 +158,7 @@ def ranking(scores: Tensor, seen: Tensor, held_out: Tensor, k: int) -> tuple[Ten
     if not 1 <= k <= scores.shape[1]:
         raise ValueError(f"ranking: k must be in [1, {scores.shape[1]}], the number of items, got {k}")
     scores = scores.masked_fill(seen.bool(), -math.inf)
-    top = scores.argsort(1, descending=True, stable=True)[:, :k]
+    top = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
     held_out = held_out.bool()
     hit = held_out.gather(1, top).float()
     relevant = held_out.sum(1)
