@@ -10,7 +10,7 @@ from torch import nn
 for package in ("torchmetrics", "sklearn", "tqdm", "safetensors"):
     pytest.importorskip(package)
 
-from vaeops import models, perplexity  # noqa: E402
+from vaeops import cli, models, perplexity  # noqa: E402
 from vaeops.train import data as datasets, evaluate, metrics  # noqa: E402
 from vaeops.train.data import Dataset  # noqa: E402
 
@@ -115,6 +115,11 @@ def test_rankings():
     assert result["ndcg@20"] == pytest.approx(0.5)
     assert result["popularity_recall@20"] == 0.5  # the second user's
     assert "mse" not in result
+
+
+def test_data_that_does_not_fit(digits):
+    with pytest.raises(ValueError, match=r"samples of \(784,\), those of digits are \(1, 8, 8\)"):
+        evaluate.evaluate(make("vae-mlp"), digits)
 
 
 def test_errors_tell_outliers(digits):
@@ -232,3 +237,39 @@ def test_what_is_no_picture_needs_an_array(tmp_path):
     assert not (tmp_path / "s.png").exists()
     evaluate.sample_main([str(path), "--npy", str(tmp_path / "s.npy")])
     assert np.load(tmp_path / "s.npy").shape == (64, 2)
+
+
+def test_a_prior_of_codes_draws_pictures_by_its_decoder(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    decoder = make("workshop-vq", **SMALL, dim=4, codes=6)
+    prior = make("code-prior", codes=6, length=1, width=8, layers=1, heads=1)
+    models.save(decoder, tmp_path / "vq.safetensors")
+    models.save(prior, tmp_path / "prior.safetensors")
+    picture = tmp_path / "s.png"
+    evaluate.sample_main([str(tmp_path / "prior.safetensors"), "--decoder", str(tmp_path / "vq.safetensors"),
+                          "--n", "4", "--out", str(picture)])  # fmt: skip
+    expected = decoder.decode(evaluate.draw(prior, 4)[:, 0]).detach()
+    np.testing.assert_array_equal(
+        np.asarray(image.open(picture)), evaluate.grid(evaluate.as_images(expected, (0, 1)))[..., 0]
+    )
+
+
+def test_a_run_of_the_trainer(tmp_path, digits, capsys):
+    run = str(tmp_path / "run")
+    settings = ["data=digits", "steps=3", "ema=0.5", "grid_every=0", "model.latent=3", "model.hidden=(16,)"]
+    assert cli.main(["train", "vae-mlp", *settings, "--out", run]) == 0
+    capsys.readouterr()
+    assert cli.main(["eval", run, "--json", "--outliers", "digits"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["data"], result["loaded"]) == ("digits", "averaged weights of step 3")
+    averaged = models.load(tmp_path / "run" / "model.safetensors")
+    assert result["mse"] == pytest.approx(evaluate.evaluate(averaged, digits)["mse"])
+    assert result["auroc"] == 0.5  # of a data set against itself
+    assert cli.main(["sample", run, "--npy", str(tmp_path / "s.npy"), "--n", "2"]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "s.npy"), evaluate.draw(averaged, 2))
+
+
+@pytest.mark.parametrize("command", ["eval", "sample"])
+def test_a_file_that_is_not_there(command, tmp_path, capsys):
+    assert cli.main([command, str(tmp_path / "none.pt")]) == 2
+    assert capsys.readouterr().err.startswith(f"vaeops {command}: there is no checkpoint")

@@ -9,13 +9,14 @@ the Frechet distance where it samples and a network for the features is given.
 import argparse
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from .. import models, perplexity, rng
@@ -24,6 +25,8 @@ from ..nn import PosteriorMonitor
 from . import checkpoint, data as datasets, metrics
 from .data import Dataset
 
+Model = Any  # an nn.Module with the protocol of vaeops.models, or with the part of it that its kind has
+Found = defaultdict[str, list[Tensor]]  # by name, a value for each sample
 RANKS = (20, 50, 100)
 NLL_ROWS = 8192  # posterior samples that are decoded at once
 SAMPLE_BATCH = 256  # fixed, so that a seed's samples do not depend on how many are asked for
@@ -49,7 +52,7 @@ MEANING = {
 }
 
 
-def load_model(path: Path) -> tuple[nn.Module, dict[str, Any], str]:
+def load_model(path: Path) -> tuple[Model, dict[str, Any], str]:
     """(model in eval mode, its training's settings, what was loaded in words) of a checkpoint or saved model.
 
     Of a checkpoint, or of the newest one in a run's folder, the averaged weights where there are any. A
@@ -65,9 +68,12 @@ def load_model(path: Path) -> tuple[nn.Module, dict[str, Any], str]:
     return model.eval(), config, f"{'averaged weights' if averaged else 'weights'} of step {state['step']:,}"
 
 
-def batches(model: nn.Module, data: Dataset, batch: int, device: torch.device | str,
+def batches(model: Model, data: Dataset, batch: int, device: torch.device | str,
             what: str) -> Iterator[tuple[int, Tensor, Tensor | None]]:  # fmt: skip
     """(row of the first sample, x as the model takes it, labels if it takes any) of every batch, in order."""
+    if math.prod(data.x.shape[1:]) != math.prod(model.input_shape):
+        raise ValueError(f"the model takes samples of {tuple(model.input_shape)}, those of {data.name} are "
+                         f"{tuple(data.x.shape[1:])}")  # fmt: skip
     with tqdm(total=len(data), desc=f"{what:<16}", unit="sample", unit_scale=True, disable=None) as bar:
         for row in range(0, len(data), batch):
             x, label = data.batch(torch.arange(row, min(row + batch, len(data))), device)
@@ -76,24 +82,8 @@ def batches(model: nn.Module, data: Dataset, batch: int, device: torch.device | 
             bar.update(len(x))
 
 
-class _Means:
-    """Running means by name, each over as many samples as it got."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, name: str, values: Tensor) -> None:
-        """values [B], one a sample."""
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
-        self.counts[name] = self.counts.get(name, 0) + len(values)
-
-    def result(self) -> dict[str, float]:
-        return {name: total / max(self.counts[name], 1) for name, total in self.sums.items()}
-
-
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Dataset, *, popularity: Tensor | None = None, nll_samples: int = 0,
+def evaluate(model: Model, data: Dataset, *, popularity: Tensor | None = None, nll_samples: int = 0,
              batch: int = 256, seed: int = 0,
              device: torch.device | str = "cpu") -> dict[str, Any]:  # fmt: skip
     """The figures of a model on the whole of a data set.
@@ -110,33 +100,33 @@ def evaluate(model: nn.Module, data: Dataset, *, popularity: Tensor | None = Non
         rankings with @k; and kl_dim, the KL of each latent dimension in nats, a list.
     """
     noise = torch.tensor([seed, 0], device=device)
-    means = _Means()
+    found: Found = defaultdict(list)
     monitor: PosteriorMonitor | None = None
     uses: dict[str, Tensor] = {}
     held_out = data.extra.get("held_out")
     for row, x, label in batches(model, data, batch, device, "eval"):
         losses = model.terms(x, label, seed=noise, row=row).losses
         for name, loss in losses.items():
-            means.add(f"loss_{name}", loss.sum().expand(len(x)))
+            found[f"loss_{name}"].append(loss.sum().expand(len(x)))
         codes = _encode(model, x, label)
         if len(codes) == 2 and codes[0].is_floating_point():
             mu, logvar = codes
             monitor = monitor or PosteriorMonitor(tuple(mu.shape[1:])).to(device)
             monitor.update(mu, losses["kl"].reshape(mu.shape[1:]))
-            means.add("mean_logvar", logvar.flatten(1).mean(1))
+            found["mean_logvar"].append(logvar.flatten(1).mean(1))
         elif codes and not codes[0].is_floating_point():
             for level, code in zip(("",) if len(codes) == 1 else ("_top", "_bottom"), codes):
                 uses[level] = uses.get(level, 0) + torch.bincount(code.flatten(), minlength=model.codes)
         if held_out is not None:
             held = torch.as_tensor(held_out[row : row + len(x)], device=device)
-            _rank(means, "", model.reconstruct(x), x, held)
+            _rank(found, "", model.reconstruct(x), x, held)
             if popularity is not None:
-                _rank(means, "popularity_", popularity.to(device).expand_as(x).float(), x, held)
+                _rank(found, "popularity_", popularity.to(device).expand_as(x).float(), x, held)
         elif hasattr(model, "reconstruct"):
-            _compare(means, model.reconstruct(x, label), x, model.input_range, tuple(data.x.shape[1:]))
+            _compare(found, model.reconstruct(x, label), x, model.input_range, tuple(data.x.shape[1:]))
         if nll_samples and hasattr(model, "log_weights"):
-            means.add("iwae_nll", _nll(model, x, label, nll_samples, rng.fold_in(noise, row)))
-    result: dict[str, Any] = means.result()
+            found["iwae_nll"].append(_nll(model, x, label, nll_samples, rng.fold_in(noise, row)))
+    result: dict[str, Any] = {name: float(torch.cat(v).cpu().double().mean()) for name, v in found.items()}
     if monitor is not None:
         result["active_units"] = int(monitor.active_units())
         result["mean_abs_mu"] = float(monitor.mean.abs().mean())
@@ -147,7 +137,7 @@ def evaluate(model: nn.Module, data: Dataset, *, popularity: Tensor | None = Non
     return result
 
 
-def _encode(model: nn.Module, x: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
+def _encode(model: Model, x: Tensor, label: Tensor | None) -> tuple[Tensor, ...]:
     """What the model calls its code, as a tuple; () of a model without one."""
     if not hasattr(model, "encode"):
         return ()
@@ -161,27 +151,27 @@ def _error(recon: Tensor, x: Tensor, input_range: tuple[float, float] | None) ->
     return ((recon - x) / (high - low)).square().flatten(1).mean(1)
 
 
-def _compare(means: _Means, recon: Tensor, x: Tensor, input_range: tuple[float, float] | None,
+def _compare(found: Found, recon: Tensor, x: Tensor, input_range: tuple[float, float] | None,
              shape: tuple[int, ...]) -> None:  # fmt: skip
     """shape: of a sample as it is stored; a model may take an image as a row."""
-    means.add("mse", _error(recon, x, input_range))
+    found["mse"].append(_error(recon, x, input_range))
     if input_range is not None and len(shape) == 3:
         recon, x = recon.reshape(-1, *shape), x.reshape(-1, *shape)
-        means.add("psnr", metrics.psnr(recon, x, input_range))
+        found["psnr"].append(metrics.psnr(recon, x, input_range))
         if min(shape[1:]) >= metrics.SSIM_WINDOW:
-            means.add("ssim", metrics.ssim(recon, x, input_range))
+            found["ssim"].append(metrics.ssim(recon, x, input_range))
 
 
-def _rank(means: _Means, prefix: str, scores: Tensor, seen: Tensor, held_out: Tensor) -> None:
+def _rank(found: Found, prefix: str, scores: Tensor, seen: Tensor, held_out: Tensor) -> None:
     """Users with nothing held out do not count."""
     some = held_out.sum(1) > 0
     for k in RANKS:
         recall, ndcg = metrics.ranking(scores[some], seen[some], held_out[some], k)
-        means.add(f"{prefix}recall@{k}", recall)
-        means.add(f"{prefix}ndcg@{k}", ndcg)
+        found[f"{prefix}recall@{k}"].append(recall)
+        found[f"{prefix}ndcg@{k}"].append(ndcg)
 
 
-def _nll(model: nn.Module, x: Tensor, label: Tensor | None, samples: int, seed: Tensor) -> Tensor:
+def _nll(model: Model, x: Tensor, label: Tensor | None, samples: int, seed: Tensor) -> Tensor:
     at_once = max(1, NLL_ROWS // len(x))
     drawn = [
         model.log_weights(x, min(at_once, samples - done), rng.fold_in(seed, done), label)
@@ -191,7 +181,7 @@ def _nll(model: nn.Module, x: Tensor, label: Tensor | None, samples: int, seed: 
 
 
 @torch.no_grad()
-def errors(model: nn.Module, data: Dataset, *, batch: int = 256,
+def errors(model: Model, data: Dataset, *, batch: int = 256,
            device: torch.device | str = "cpu") -> np.ndarray:  # fmt: skip
     """[N]: each sample's squared error of reconstruction, mean of an element as a share of the range."""
     if not hasattr(model, "reconstruct"):
@@ -204,7 +194,7 @@ def errors(model: nn.Module, data: Dataset, *, batch: int = 256,
 
 
 @torch.no_grad()
-def draw(model: nn.Module, n: int, *, seed: int = 0, label: int | None = None,
+def draw(model: Model, n: int, *, seed: int = 0, label: int | None = None,
          device: torch.device | str = "cpu") -> Tensor:  # fmt: skip
     """n samples of a model, [n, ...] as its `sample` gives them, on the CPU. The first m of n are those of m.
 
@@ -329,7 +319,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _split(name: str, split: str, args: argparse.Namespace, model: nn.Module,
+def _split(name: str, split: str, args: argparse.Namespace, model: Model,
            config: dict[str, Any]) -> Dataset:  # fmt: skip
     """A split as the training had it: by its seed and, of data sets that are resized, in the model's size."""
     size = model.input_shape[-1] if name in ("celeba", "images") else None
@@ -337,7 +327,7 @@ def _split(name: str, split: str, args: argparse.Namespace, model: nn.Module,
     return datasets.load(name, root, split=split, size=size, seed=config.get("split_seed", 0))
 
 
-def _frechet(model: nn.Module, data: Dataset, args: argparse.Namespace) -> float:
+def _frechet(model: Model, data: Dataset, args: argparse.Namespace) -> float:
     extract = torch.export.load(args.extractor).module().to(args.device)
 
     @torch.no_grad()
