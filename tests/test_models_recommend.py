@@ -19,7 +19,7 @@ def baskets(n=6, items=13):
 
 
 def test_parameter_count():
-    assert case.count(MultVAE(1682)) == 0
+    assert case.count(MultVAE(1682)) == 2_381_682
 
 
 def test_losses_and_gradients_are_those_of_the_formula():
@@ -55,7 +55,7 @@ def test_dropout_in_training_alone():
     model.eval()
     out = model(x)
     (first, again, fresh, clean), unit = seen, 1000**-0.5
-    assert set(first.unique().tolist()) == {0.0, pytest.approx(2 * unit)}
+    assert first.unique().tolist() == [0, pytest.approx(2 * unit)]
     assert abs(float((first > 0).float().mean()) - 0.5) < 5 * 0.5 / 200
     assert torch.equal(first, again) and not torch.equal(first, fresh)
     torch.testing.assert_close(clean, torch.full_like(clean, unit))

@@ -1,6 +1,7 @@
 """A small diffusion model of images."""
 
 import math
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +18,7 @@ SCHEDULES = ("cosine", "linear")
 class TinyDDPM(nn.Module):
     """A denoising diffusion model: a U-Net learns the noise in q(x_t | x) = N(sqrt(a_t) x, (1 - a_t) I).
 
-    a_t, t = 0 ... steps - 1, falls from nearly 1 to nearly 0:
+    a_t (Ho et al.'s alpha-bar), t = 0 ... steps - 1, falls from nearly 1 to nearly 0:
         a_t = prod_{s <= t} max(1 - b_s, 0.001)
         "cosine"  1 - b_s = f(s + 1) / f(s),  f(s) = cos^2(pi / 2 (s / steps + 0.008) / 1.008)
         "linear"  b from 0.0001 to 0.02, both times 1000 / steps
@@ -99,8 +100,7 @@ class TinyDDPM(nn.Module):
 
     def sample(self, n: int, seed: Tensor, label: Tensor | None = None) -> Tensor:
         """n images [n, C, H, W] in [-1, 1]; seed int64 [2] on the model's device."""
-        *_, x = self.denoise(n, seed)
-        return x
+        return deque(self.denoise(n, seed), maxlen=1).pop()
 
 
 def alpha_bar(schedule: str, steps: int) -> Tensor:
@@ -141,7 +141,7 @@ class UNet(nn.Module):
         self.down2, self.half2 = _TimeBlock(width, wide, time), nn.Conv2d(wide, wide, 3, 2, 1)
         self.middle1, self.middle2 = _TimeBlock(wide, wide, time), _TimeBlock(wide, wide, time)
         self.up2, self.up1 = _TimeBlock(2 * wide, wide, time), _TimeBlock(wide + width, width, time)
-        self.double = nn.Upsample(scale_factor=2)
+        self.upsample = nn.Upsample(scale_factor=2)
         self.out = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, 1, 1))
         nn.init.zeros_(self.out[-1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.out[-1].bias)  # type: ignore[arg-type]
@@ -154,8 +154,8 @@ class UNet(nn.Module):
         wide = self.down1(self.stem(x), time)
         narrow = self.down2(self.half1(wide), time)
         h = self.middle2(self.middle1(self.half2(narrow), time), time)
-        h = self.up2(torch.cat((self.double(h), narrow), 1), time)
-        h = self.up1(torch.cat((self.double(h), wide), 1), time)
+        h = self.up2(torch.cat((self.upsample(h), narrow), 1), time)
+        h = self.up1(torch.cat((self.upsample(h), wide), 1), time)
         return self.out(h)
 
 
