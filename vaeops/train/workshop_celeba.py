@@ -31,6 +31,7 @@ PICTURE = "reconstructions.png"
 ARMS = ("pixels", "hooks", "vaeops")
 TAPS = {"relu2_1": 6, "relu3_3": 15}  # names, and indices into torchvision's vgg16().features
 FACES = 8  # columns of the picture
+SIDE = 64  # of an image
 TAIL = 20  # steps over which the last losses are averaged
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -87,11 +88,11 @@ def train(
             begin = time.perf_counter()
         x = faces[torch.randint(len(faces), (batch,), generator=order)].float() / 127.5 - 1
         out = model(x, seed=rng.fold_in(noise, step))
-        loss = F.l1_loss(out.recon, x, reduction="sum") / batch + out.kl
+        loss = F.l1_loss(out.pred, x, reduction="sum") / batch + out.kl.sum()
         if by_hooks is not None:
-            loss = loss + gamma * by_hooks(out.recon, x) / batch
+            loss = loss + gamma * by_hooks(out.pred, x) / batch
         elif arm == "vaeops":
-            distance = perceptual_loss(out.recon, x, trunk, taps=tuple(TAPS), reduction="sum")
+            distance = perceptual_loss(out.pred, x, trunk, taps=tuple(TAPS), reduction="sum")
             loss = loss + gamma * distance / batch
         optimizer.zero_grad()
         loss.backward()
@@ -111,7 +112,7 @@ def agreement(hooks: Run, ours: Run) -> tuple[float, float]:
 @torch.no_grad()
 def draw(path: Path, runs: dict[str, Run], faces: Tensor, random_trunk: bool) -> None:
     x = faces[:FACES].float() / 127.5 - 1
-    rows = {"original": x, **{arm: run.model(x).recon for arm, run in runs.items()}}
+    rows = {"original": x, **{arm: run.model.reconstruct(x) for arm, run in runs.items()}}
     note = " (the VGG's weights are random)" if random_trunk else ""
     path.parent.mkdir(parents=True, exist_ok=True)
     plots.image_rows(
@@ -145,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                  else VGGTrunk.from_file(args.vgg, "vgg16", **options))  # fmt: skip
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    if faces.shape[-2:] != (CelebAVAE.SIDE, CelebAVAE.SIDE):
+    if faces.shape[-2:] != (SIDE, SIDE):
         parser.error(f"--data: the images must be 64x64, those of {args.data} are {list(faces.shape[-2:])}")
     runs = {
         arm: train(
