@@ -1,4 +1,4 @@
-"""`vaeops train workshop-celeba`: the workshop's VAE of faces, with and without a perceptual loss.
+"""`vaeops experiment workshop-celeba`: the workshop's VAE of faces, with and without a perceptual loss.
 
 The same training three times, from the same weights, batches and noise: the pixels' L1 alone; plus a
 perceptual loss by hooks on a whole VGG, as the workshop writes it; plus that loss by
@@ -121,12 +121,19 @@ def draw(path: Path, runs: dict[str, Run], faces: Tensor, random_trunk: bool) ->
     )  # fmt: skip
 
 
+def read(source: Path, split: str, cache: Path | None) -> Tensor:
+    """A split's faces, uint8 [N, 3, 64, 64]."""
+    found = data.load("celeba", source, split=split, size=SIDE, cache=cache)
+    return found.batch(torch.arange(len(found)))[0]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="vaeops train workshop-celeba", description=__doc__,
+    parser = argparse.ArgumentParser(prog="vaeops experiment workshop-celeba", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--data", type=Path, default=Path("data/celeba_64.tar"),
-        help="CelebA's layout at 64x64, a folder or a .tar (default: %(default)s)")  # fmt: skip
+        help="CelebA's layout, a folder, a .zip or a .tar (default: %(default)s)")  # fmt: skip
+    add("--cache", type=Path, help="folder of the decoded images (default: vaeops-cache beside them)")
     add("--vgg", type=Path, help="weights of torchvision's vgg16; without them the trunk is random")
     add("--steps", type=int, default=300)
     add("--batch", type=int, default=64)
@@ -141,13 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--steps must be at least {TAIL}")
     options: dict[str, Any] = {"input_range": (-1.0, 1.0), "normalize": None}  # as the workshop feeds it
     try:
-        faces, held_out = (data.celeba(args.data, split) for split in ("train", "valid"))
+        faces, held_out = (read(args.data, split, args.cache) for split in ("train", "valid"))
         trunk = (VGGTrunk.random("vgg16", args.seed, **options) if args.vgg is None
                  else VGGTrunk.from_file(args.vgg, "vgg16", **options))  # fmt: skip
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
-    if faces.shape[-2:] != (SIDE, SIDE):
-        parser.error(f"--data: the images must be 64x64, those of {args.data} are {list(faces.shape[-2:])}")
     runs = {
         arm: train(
             faces,
