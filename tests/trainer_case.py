@@ -72,7 +72,7 @@ def weights(result):
 def kill_trials(trials, first_seed, path):
     """Runs that are killed at random moments and resumed until they end, against one that is not; in forks."""
     torch.set_num_threads(1)
-    config = {"steps": 60, "checkpoint_every": 2, "keep": 2, "ema": 0.9, "clip": 1.0, "amp": "bf16"}
+    config = {"steps": 40, "checkpoint_every": 5, "keep": 2, "ema": 0.9, "clip": 1.0, "amp": "bf16"}
 
     def child(out, model):
         checkpoints = checkpoint.found(Path(out) / "checkpoints")
@@ -115,7 +115,7 @@ def kill_trials(trials, first_seed, path):
         name, model = drawn.choice((("vae", vae), ("vq", vq)))
         (right, averaged, record), seconds = expected[name]
         out = f"{path}/{trial}"
-        for _ in range(3):
+        for _ in range(2):
             if run(out, model, drawn.uniform(0.2, 1.0) * seconds):
                 break
             kills += 1

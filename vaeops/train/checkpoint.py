@@ -77,7 +77,7 @@ def load(path: Path | str) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file fails in many ways
-        raise ValueError(f"{path} is no checkpoint of vaeops train: {error}") from error
+        raise ValueError(f"{path} is no checkpoint of vaeops train, or is damaged") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is no checkpoint of vaeops train")
     if state["format"] != FORMAT:

@@ -30,6 +30,7 @@ class Config:
     size: int | None = None  # side of the images; None: the model's
     split_seed: int = 0  # of data sets that come without a split
     model: dict[str, Any] = field(default_factory=dict)  # arguments of the model's constructor
+    vgg: str | None = None  # file of VGG16's weights: celeba-vae and -xl then have a perceptual loss
     ops: Literal["fused", "ref", "compile"] = "fused"  # "compile": "ref" under torch.compile
     seed: int = 0  # of weights, order of the images and noise
     steps: int | None = None  # optimizer steps; or
@@ -129,7 +130,7 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # A run may be resumed with another value of these: what is learned does not follow from them.
-MAY_CHANGE = ("root", "steps", "epochs", "log_every", "grid_every", "checkpoint_every", "keep", "tensorboard",
+MAY_CHANGE = ("root", "vgg", "steps", "epochs", "log_every", "grid_every", "checkpoint_every", "keep", "tensorboard",
               "out", "device")  # fmt: skip
 
 

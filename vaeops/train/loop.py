@@ -30,7 +30,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from .. import _info, models, objectives, rng
-from ..nn import KLSchedule, VectorQuantize, update_codebooks
+from ..nn import KLSchedule, VectorQuantize, VGGTrunk, update_codebooks
 from ..ops._library import serving
 from . import checkpoint, data, machine, plots
 from .config import Config, differences, unknown
@@ -322,7 +322,7 @@ class _Trainer:
         return {
             "step": self.step,
             "config": dataclasses.asdict(self.config),
-            "versions": _info._versions(),
+            "versions": _versions(),
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -357,12 +357,14 @@ class _Trainer:
         if rows:
             self.window[: self.filled] = torch.tensor(rows)
         checkpoint.restore_random_states(state["random"])
+        if state["versions"] != _versions() and self.place.rank == 0:
+            print(f"resuming what {state['versions']} wrote with {_versions()}: the bits may differ")
 
     def _begin(self, fresh: bool) -> None:
         """The folder of the run, its config.json, and what is run, printed."""
         if fresh and ((self.out / FILE).exists() or checkpoint.found(self.out / "checkpoints")):
             raise FileExistsError(f"out: {self.out} holds a run: resume it (--resume {self.out}), or give another")
-        settings = {"config": dataclasses.asdict(self.config), "versions": _info._versions()}
+        settings = {"config": dataclasses.asdict(self.config), "versions": _versions()}
         with checkpoint.atomic(self.out / "config.json") as file:
             file.write((json.dumps(settings, indent=2) + "\n").encode())
         shape = "x".join(map(str, self.dataset.x.shape[1:]))
@@ -409,11 +411,11 @@ class _Trainer:
 def _fitted(config: Config, place: Place, model: nn.Module | None,
             dataset: data.Dataset | None) -> tuple[Config, nn.Module, data.Dataset]:  # fmt: skip
     """Model and data set, made to fit: what `config.model` leaves open follows from the data's shape."""
-    machine.seed_all(config.seed)
     given = model is not None
-    ops = "fused" if config.ops == "fused" else "ref"
-    if model is None:
-        model = models.create(config.preset, ops=ops, **config.model)
+    if given and config.vgg is not None:
+        raise ValueError("vgg: a model that is handed in brings its own trunk")
+    machine.seed_all(config.seed)
+    model = model if model is not None else _model(config)
     if dataset is None:
         dataset = _load(config, place, model)
     if not len(dataset.x):
@@ -425,8 +427,7 @@ def _fitted(config: Config, place: Place, model: nn.Module | None,
         has = inspect.signature(type(model)).parameters
         sizes = {name: size for name, size in sizes.items() if name in has and name not in config.model}
         config = dataclasses.replace(config, model={**config.model, **sizes})
-        machine.seed_all(config.seed)
-        model = models.create(config.preset, ops=ops, **config.model)
+        model = _model(config)
     if not _takes(model, shape):
         raise ValueError(f"data: {config.preset} takes samples of {tuple(model.input_shape)}, "
                          f"those of {dataset.name} are {shape}")  # fmt: skip
@@ -440,6 +441,18 @@ def _fitted(config: Config, place: Place, model: nn.Module | None,
             raise ValueError(f"data: {config.preset} takes labels below {model.classes}, "
                              f"{dataset.name} has {largest}")  # fmt: skip
     return config, model, dataset
+
+
+def _model(config: Config) -> nn.Module:
+    """The preset's model, with weights that follow from the seed."""
+    arguments = dict(config.model)
+    if config.vgg is not None:
+        arguments["trunk"] = VGGTrunk.from_file(config.vgg, "vgg16", input_range=(-1.0, 1.0))
+    machine.seed_all(config.seed)
+    try:
+        return models.create(config.preset, ops="fused" if config.ops == "fused" else "ref", **arguments)
+    except TypeError as error:  # an argument of another type than the constructor takes
+        raise ValueError(f"model: {config.preset}: {error}") from error
 
 
 def _takes(model: nn.Module, shape: tuple[int, ...]) -> bool:
@@ -460,6 +473,11 @@ def _load(config: Config, place: Place, model: nn.Module) -> data.Dataset:
     if not place.rank:
         place.any(False)
     return dataset
+
+
+def _versions() -> dict[str, str | None]:
+    """Plain strings: torch's own kind of string is not loaded from a checkpoint."""
+    return {name: version and str(version) for name, version in _info._versions().items()}
 
 
 def _weights(config: Config, model: nn.Module) -> dict[str, float]:
