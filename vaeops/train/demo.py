@@ -26,7 +26,6 @@ from ..models import MLPVAE
 from ..nn import KLSchedule, PosteriorMonitor
 from ..ops._library import serving
 from . import plots, workshop_vq
-from .data import digits
 
 PICTURES = ("reconstructions.png", "samples.png", "latent_2d.png", "loss.png", "benchmark.png",
             *workshop_vq.PICTURES)  # fmt: skip
@@ -46,6 +45,14 @@ STEPS = -(-TRAIN // BATCH)  # an epoch
 VQ: dict[str, Any] = {"codes": 32, "dim": 64, "hidden": (128,), "commitment": 1.0}
 VQ_STEPS = 20  # an epoch of the other trainings
 BETA = 0.4  # KL weight at the end: at 1 the latent of so small an image keeps but a blur of it
+
+
+def digits(seed: int) -> tuple[Tensor, Tensor]:
+    """All images [N, 8, 8] in [0, 1] and their labels [N], the TRAIN training images first."""
+    images, labels = zip(
+        *(workshop_vq.read("digits", None, split, seed) for split in ("train+valid", "test"))
+    )
+    return torch.cat(images), torch.cat(labels)
 
 
 @dataclass

@@ -120,12 +120,19 @@ def draw(path: Path, runs: dict[str, Run], faces: Tensor, random_trunk: bool) ->
     )  # fmt: skip
 
 
+def read(source: Path, split: str, cache: Path | None) -> Tensor:
+    """A split's faces, uint8 [N, 3, 64, 64]."""
+    found = data.load("celeba", source, split=split, size=CelebAVAE.SIDE, cache=cache)
+    return found.batch(torch.arange(len(found)))[0]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="vaeops train workshop-celeba", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--data", type=Path, default=Path("data/celeba_64.tar"),
-        help="CelebA's layout at 64x64, a folder or a .tar (default: %(default)s)")  # fmt: skip
+        help="CelebA's layout, a folder, a .zip or a .tar (default: %(default)s)")  # fmt: skip
+    add("--cache", type=Path, help="folder of the decoded images (default: vaeops-cache beside them)")
     add("--vgg", type=Path, help="weights of torchvision's vgg16; without them the trunk is random")
     add("--steps", type=int, default=300)
     add("--batch", type=int, default=64)
@@ -140,13 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--steps must be at least {TAIL}")
     options: dict[str, Any] = {"input_range": (-1.0, 1.0), "normalize": None}  # as the workshop feeds it
     try:
-        faces, held_out = (data.celeba(args.data, split) for split in ("train", "valid"))
+        faces, held_out = (read(args.data, split, args.cache) for split in ("train", "valid"))
         trunk = (VGGTrunk.random("vgg16", args.seed, **options) if args.vgg is None
                  else VGGTrunk.from_file(args.vgg, "vgg16", **options))  # fmt: skip
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
-    if faces.shape[-2:] != (CelebAVAE.SIDE, CelebAVAE.SIDE):
-        parser.error(f"--data: the images must be 64x64, those of {args.data} are {list(faces.shape[-2:])}")
     runs = {
         arm: train(
             faces,

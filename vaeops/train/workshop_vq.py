@@ -23,7 +23,10 @@ from . import data, plots
 
 PICTURES = ("codebook.png", "codes_by_digit.png")
 BATCH = 128
-DIGITS_SPLIT = (slice(1500), slice(1500, None))  # training and held-out images
+SIZES: dict[str, dict[str, Any]] = {
+    "mnist": {"hidden": (512,), "dim": 256},
+    "digits": {"hidden": (128,), "dim": 64},
+}
 TAIL = 100  # steps over which the last losses are averaged
 
 
@@ -97,6 +100,14 @@ def summary(run: Run, table: Tensor) -> str:
             f"codes used {used} of {len(table)}   purity {purity:.3f}")  # fmt: skip
 
 
+def read(name: str, root: Path | None, split: str, seed: int) -> tuple[Tensor, Tensor]:
+    """A split's images [N, H, W] in [0, 1] and their labels [N]."""
+    found = data.load(name, root, split=split, seed=seed)
+    x, labels = found.batch(torch.arange(len(found)))
+    assert labels is not None
+    return data.scale(x, found.peak, (0, 1)).squeeze(1), labels
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="vaeops train workshop-vq", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -119,18 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seed": args.seed,
     }
     try:
-        if args.data == "mnist":
-            trained, tested = (data.mnist(args.root / "mnist", split) for split in (True, False))
-            sizes: dict[str, Any] = {"hidden": (512,), "dim": 256}
-        else:
-            everything = data.digits(args.seed)
-            trained, tested = (data.Images(*(t[part] for t in everything)) for part in DIGITS_SPLIT)
-            sizes = {"hidden": (128,), "dim": 64}
+        (images, _), tested = (read(args.data, args.root, s, args.seed) for s in ("train+valid", "test"))
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    run = train(trained.images, **sizes, **options, ops=args.ops)
+    run = train(images, **SIZES[args.data], **options, ops=args.ops)
     table = codes_by_label(run.model, *tested)
-    draw(args.out, run.model, table, tested.images.shape[-1])
+    draw(args.out, run.model, table, images.shape[-1])
     print(summary(run, table))
     print("Pictures: " + ", ".join(str(args.out / picture) for picture in PICTURES))
 
