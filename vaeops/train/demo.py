@@ -86,7 +86,7 @@ def train(name: str, images: Tensor, epochs: int, seed: int, *, latent: int, ops
                 begin = time.perf_counter()
                 x = images[batch]
                 out = model(x, seed=rng.fold_in(noise, len(history)))
-                recon = F.binary_cross_entropy_with_logits(out.logits, x, reduction="sum") / len(x)
+                recon = F.binary_cross_entropy_with_logits(out.pred, x, reduction="sum") / len(x)
                 kl = out.kl.sum()
                 optimizer.zero_grad()
                 (recon + beta() * kl).backward()
@@ -202,7 +202,7 @@ def draw(out: Path, fused_run: Run, ref_run: Run, plane: MLPVAE, images: Tensor,
     """Every picture of PICTURES. images [N, 64], labels [N]: all of them, the training images first."""
     found = [torch.nonzero(labels[TRAIN:] == digit).flatten()[:2] for digit in range(10)]
     held_out = images[TRAIN:][torch.stack(found, 1).flatten()]  # two rows of 0 to 9
-    decoded = fused_run.model(held_out).logits.sigmoid()
+    decoded = fused_run.model.reconstruct(held_out)
     plots.reconstructions(out / PICTURES[0], "Held-out digits and their reconstructions", _square(held_out),
                           _square(decoded), columns=10)  # fmt: skip
     samples = fused_run.model.sample(60, rng.fold_in(torch.tensor([seed, 0]), 2**62))

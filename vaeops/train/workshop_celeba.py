@@ -1,4 +1,4 @@
-"""`vaeops train workshop-celeba`: the workshop's VAE of faces, with and without a perceptual loss.
+"""`vaeops experiment workshop-celeba`: the workshop's VAE of faces, with and without a perceptual loss.
 
 The same training three times, from the same weights, batches and noise: the pixels' L1 alone; plus a
 perceptual loss by hooks on a whole VGG, as the workshop writes it; plus that loss by
@@ -31,6 +31,7 @@ PICTURE = "reconstructions.png"
 ARMS = ("pixels", "hooks", "vaeops")
 TAPS = {"relu2_1": 6, "relu3_3": 15}  # names, and indices into torchvision's vgg16().features
 FACES = 8  # columns of the picture
+SIDE = 64  # of an image
 TAIL = 20  # steps over which the last losses are averaged
 PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -87,11 +88,11 @@ def train(
             begin = time.perf_counter()
         x = faces[torch.randint(len(faces), (batch,), generator=order)].float() / 127.5 - 1
         out = model(x, seed=rng.fold_in(noise, step))
-        loss = F.l1_loss(out.recon, x, reduction="sum") / batch + out.kl
+        loss = F.l1_loss(out.pred, x, reduction="sum") / batch + out.kl.sum()
         if by_hooks is not None:
-            loss = loss + gamma * by_hooks(out.recon, x) / batch
+            loss = loss + gamma * by_hooks(out.pred, x) / batch
         elif arm == "vaeops":
-            distance = perceptual_loss(out.recon, x, trunk, taps=tuple(TAPS), reduction="sum")
+            distance = perceptual_loss(out.pred, x, trunk, taps=tuple(TAPS), reduction="sum")
             loss = loss + gamma * distance / batch
         optimizer.zero_grad()
         loss.backward()
@@ -111,7 +112,7 @@ def agreement(hooks: Run, ours: Run) -> tuple[float, float]:
 @torch.no_grad()
 def draw(path: Path, runs: dict[str, Run], faces: Tensor, random_trunk: bool) -> None:
     x = faces[:FACES].float() / 127.5 - 1
-    rows = {"original": x, **{arm: run.model(x).recon for arm, run in runs.items()}}
+    rows = {"original": x, **{arm: run.model.reconstruct(x) for arm, run in runs.items()}}
     note = " (the VGG's weights are random)" if random_trunk else ""
     path.parent.mkdir(parents=True, exist_ok=True)
     plots.image_rows(
@@ -122,12 +123,12 @@ def draw(path: Path, runs: dict[str, Run], faces: Tensor, random_trunk: bool) ->
 
 def read(source: Path, split: str, cache: Path | None) -> Tensor:
     """A split's faces, uint8 [N, 3, 64, 64]."""
-    found = data.load("celeba", source, split=split, size=CelebAVAE.SIDE, cache=cache)
+    found = data.load("celeba", source, split=split, size=SIDE, cache=cache)
     return found.batch(torch.arange(len(found)))[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="vaeops train workshop-celeba", description=__doc__,
+    parser = argparse.ArgumentParser(prog="vaeops experiment workshop-celeba", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--data", type=Path, default=Path("data/celeba_64.tar"),

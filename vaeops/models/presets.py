@@ -1,0 +1,145 @@
+"""The reference models by name, with the sizes of the lessons and papers that they come from.
+
+model = create("vae-mlp", latent=10);  save(model, "digits.safetensors");  load("digits.safetensors")
+"""
+
+import difflib
+import inspect
+import json
+import os
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .ae import ConvAutoencoder, DenoisingAutoencoder, MLPAutoencoder, SparseAutoencoder
+from .conv import CelebAVAE, CelebAVAEXL, ConvVAE, ConvVAESmall
+from .vae import MLPVAE, WorkshopVAE
+from .vq import MLPVQVAE
+
+PRESETS: dict[str, partial[Any]] = {
+    "tiny-2d": partial(
+        MLPVAE, in_dim=2, hidden=(16,), latent=2, input_range=None, recon="mse", reduction="mean", beta=0.05
+    ),
+    "ae-mlp": partial(MLPAutoencoder, in_dim=784, hidden=(256, 128, 64), latent=32),
+    "ae-conv": partial(ConvAutoencoder),
+    "ae-denoise": partial(DenoisingAutoencoder, in_dim=784, hidden=(256, 128), latent=64, noise=0.5),
+    "ae-sparse": partial(SparseAutoencoder, in_dim=784, hidden=(256, 128), latent=64),
+    "vae-mlp": partial(MLPVAE, in_dim=784, hidden=(256, 256), latent=20),
+    "vae-mlp-10": partial(MLPVAE, in_dim=784, hidden=(256, 256), latent=10, beta=4.0),
+    "vae-mlp-50": partial(MLPVAE, in_dim=784, hidden=(512, 256), latent=50, recon="mse"),
+    "vae-conv": partial(ConvVAE),
+    "vae-conv-small": partial(ConvVAESmall),
+    "cvae": partial(MLPVAE, in_dim=784, hidden=(256, 256), latent=20, classes=10),
+    "workshop-ae": partial(MLPAutoencoder, in_dim=784, hidden=(512,), latent=20, init="he"),
+    "workshop-vae": partial(WorkshopVAE),
+    "workshop-vq": partial(MLPVQVAE, in_dim=784, hidden=(512,), dim=256, codes=32),
+    "celeba-vae": partial(CelebAVAE),
+    "celeba-vae-xl": partial(CelebAVAEXL),
+}
+
+
+def presets() -> tuple[str, ...]:
+    """The names that `create` takes."""
+    return tuple(PRESETS)
+
+
+def create(preset: str, **overrides: Any) -> nn.Module:
+    """The model of a preset, some of its constructor's arguments replaced: create("cvae", latent=2).
+
+    It remembers both as `model.preset` and `model.overrides`.
+
+    Raises:
+        ValueError: preset or an override unknown, with the nearest names; or as the model raises.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"create: preset {preset!r} is unknown{nearest(preset, PRESETS)}")
+    takes = inspect.signature(PRESETS[preset]).parameters
+    for name in overrides:
+        if name not in takes:
+            raise ValueError(f"create: {preset} takes no {name!r}{nearest(name, takes)}")
+    model = PRESETS[preset](**overrides)
+    model.preset, model.overrides = preset, dict(overrides)
+    return model
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What to append to an error about an unknown name: the names that look like it, or all of them."""
+    names = tuple(names)
+    close = difflib.get_close_matches(name, names, cutoff=0.5)
+    return (
+        f": did you mean {' or '.join(map(repr, close))}?" if close else f"; it is one of {', '.join(names)}"
+    )
+
+
+def save(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write a model that `create` made: its state in safetensors, with the preset and the overrides.
+
+    The file appears whole or not at all, and an older one of its name stays until then. A module among the
+    overrides (a VGGTrunk) is not written; give it to `load` again.
+
+    Raises:
+        ValueError: model did not come from `create`. TypeError: an override is no plain value.
+    """
+    from safetensors.torch import save as serialize
+
+    from .. import __version__
+
+    preset, overrides = getattr(model, "preset", None), getattr(model, "overrides", {})
+    if preset is None:
+        raise ValueError(
+            f"save: model must come from create(), got a {type(model).__name__} without a preset"
+        )
+    plain = {name: value for name, value in overrides.items() if not isinstance(value, nn.Module)}
+    try:
+        metadata = {"vaeops": __version__, "preset": preset, "overrides": json.dumps(plain)}
+    except TypeError as error:
+        raise TypeError(f"save: overrides must be plain values, got {plain}: {error}") from error
+    # Copies: tensors that share memory are refused, and so are those of another memory format.
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    _write(Path(path), serialize(state, metadata))
+
+
+def _write(path: Path, data: bytes) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike, **overrides: Any) -> nn.Module:
+    """The model in a file of `save`, on the CPU and in eval.
+
+    Args:
+        overrides: beside those in the file and before them: ops="ref", trunk=VGGTrunk(...).
+
+    Raises:
+        FileNotFoundError; ValueError: the file is damaged, was not written by `save`, or does not fit its
+        model: naming the path and what is wrong.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"load: there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+    except SafetensorError as error:
+        raise ValueError(f"load: {path} is no safetensors file, or is damaged: {error}") from error
+    if "preset" not in metadata:
+        raise ValueError(f"load: {path} was not written by save(): its metadata name no preset")
+    model = create(metadata["preset"], **(json.loads(metadata["overrides"]) | overrides))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"load: {path} does not fit the preset {metadata['preset']}: {error}") from error
+    return model.eval()
