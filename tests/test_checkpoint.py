@@ -15,9 +15,9 @@ import torch
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-import trainer_case as case  # noqa: E402
+import trainer_case as case
 
-from vaeops.train import checkpoint, log, loop  # noqa: E402
+from vaeops.train import checkpoint, log, loop
 
 STATE = {"versions": {"vaeops": "0"}, "step": 1}
 
@@ -74,7 +74,7 @@ def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(tmp_path):
 def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
         checkpoint.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint .*x.pt"):
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*x\.pt"):
         checkpoint.load(tmp_path / "x.pt")
     path = tmp_path / checkpoint.name(3)
     path.write_bytes(b"not a checkpoint")
@@ -118,9 +118,10 @@ def test_random_states_come_back():
 
 def test_lines_after_a_step_are_dropped(tmp_path):
     path = tmp_path / log.FILE
-    path.write_text('{"step": 2, "loss": 1.5}\n{"step": 4, "loss": 1.25}\n{"step": 6, "loss": 1.0}\n{"step": 8, "lo')
+    kept = '{"step": 2, "loss": 1.5}\n{"step": 4, "loss": 1.25}\n'
+    path.write_text(kept + '{"step": 6, "loss": 1.0}\n{"step": 8, "lo')
     log.Log(tmp_path, 4, tensorboard=False).close()
-    assert path.read_text() == '{"step": 2, "loss": 1.5}\n{"step": 4, "loss": 1.25}\n'
+    assert path.read_text() == kept
 
 
 def kill_trials(trials, seed, path):

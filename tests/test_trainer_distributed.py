@@ -13,10 +13,10 @@ import torch.distributed as dist
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-import trainer_case as case  # noqa: E402
+import trainer_case as case
 
-from vaeops.train import checkpoint, log  # noqa: E402
-from vaeops.train.loop import train  # noqa: E402
+from vaeops.train import checkpoint, log
+from vaeops.train.loop import train
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo"

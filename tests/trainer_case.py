@@ -20,7 +20,8 @@ from vaeops.train.config import Config
 from vaeops.train.data import Dataset
 from vaeops.train.loop import train
 
-SMALL = {"preset": "small", "epochs": None, "steps": 6, "batch": 16, "lr": 1e-2, "log_every": 2, "grid_every": 0}
+SMALL = {"preset": "small", "epochs": None, "steps": 6, "batch": 16, "lr": 1e-2, "log_every": 2,
+         "grid_every": 0}  # fmt: skip
 
 
 class SmallVQ(nn.Module):
@@ -70,7 +71,7 @@ def weights(result):
 
 
 def kill_trials(trials, first_seed, path):
-    """Runs that are killed at random moments and resumed until they end, against one that is not; in forks."""
+    """Runs in forks, killed at random moments and resumed until they end, against one that is not killed."""
     torch.set_num_threads(1)
     config = {"steps": 40, "checkpoint_every": 5, "keep": 2, "ema": 0.9, "clip": 1.0, "amp": "bf16"}
 

@@ -1,6 +1,6 @@
 """The settings of a training: one flat dataclass, what the presets change in it, `key=value` arguments.
 
-    config = parse(["preset=vae-mlp", "data=mnist", "lr=3e-4", "model.latent=10"])
+config = parse(["preset=vae-mlp", "data=mnist", "lr=3e-4", "model.latent=10"])
 """
 
 import ast
@@ -130,8 +130,8 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # A run may be resumed with another value of these: what is learned does not follow from them.
-MAY_CHANGE = ("root", "vgg", "steps", "epochs", "log_every", "grid_every", "checkpoint_every", "keep", "tensorboard",
-              "out", "device")  # fmt: skip
+MAY_CHANGE = ("root", "vgg", "steps", "epochs", "log_every", "grid_every", "checkpoint_every", "keep",
+              "tensorboard", "out", "device")  # fmt: skip
 
 
 def make(preset: str, **changes: Any) -> Config:

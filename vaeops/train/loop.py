@@ -13,7 +13,6 @@ sees, and that k-means starts a codebook from the first micro-batch.
 
 import copy
 import dataclasses
-import inspect
 import json
 import math
 import time
@@ -30,10 +29,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from .. import _info, models, objectives, rng
-from ..nn import KLSchedule, VectorQuantize, VGGTrunk, update_codebooks
+from ..nn import VectorQuantize, update_codebooks
 from ..ops._library import serving
-from . import checkpoint, data, machine, plots
-from .config import Config, differences, unknown
+from . import checkpoint, data, machine, plots, setup
+from .config import Config, differences
 from .log import FILE, Log, read
 from .machine import Place
 
@@ -63,13 +62,13 @@ class Result:
     of the log. checkpoint: the newest one.
     """
 
-    model: nn.Module
-    ema: nn.Module | None
+    model: Any
+    ema: Any
     record: dict[str, float]
     checkpoint: Path
 
 
-def train(config: Config, resume: str | Path | None = None, *, model: nn.Module | None = None,
+def train(config: Config, resume: str | Path | None = None, *, model: Any = None,
           dataset: data.Dataset | None = None) -> Result:  # fmt: skip
     """Train a reference model; write log, pictures, checkpoints and `config.json` to `config.out`.
 
@@ -98,34 +97,36 @@ def train(config: Config, resume: str | Path | None = None, *, model: nn.Module 
 class _Terms(nn.Module):
     """`model.terms` as a forward: what DistributedDataParallel and torch.compile wrap."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor, label: Tensor | None, seed: Tensor, row: int) -> tuple[dict, dict]:
-        losses, monitors = self.model.terms(x, label, seed=seed, row=row)  # type: ignore[operator]
+        losses, monitors = self.model.terms(x, label, seed=seed, row=row)
         return losses, monitors
 
 
 class _Trainer:
-    def __init__(self, config: Config, place: Place, model: nn.Module | None,
+    def __init__(self, config: Config, place: Place, model: Any,
                  dataset: data.Dataset | None) -> None:  # fmt: skip
         self.place, device = place, place.device
         if config.amp == "fp16" and device.type != "cuda":
-            raise ValueError(f"amp='fp16' needs a GPU, for its scaled gradients; device is {device}: use 'bf16'")
-        config, self.model, dataset = _fitted(config, place, model, dataset)
+            raise ValueError(f"amp='fp16' needs a GPU; use 'bf16', got it with device {device}")
+        config, self.model, dataset = setup.fitted(config, place, model, dataset)
         self.out = Path(config.out or f"runs/{config.preset}")
         self.config = dataclasses.replace(config, out=str(self.out))
         self.model.to(device).train()
         for module in self.model.modules():
             if isinstance(module, VectorQuantize) and not module.deferred:
                 module.accumulate = True  # the codebook moves once a step, by all of a batch
-        self.weights = _weights(config, self.model)
-        self.beta, self.capacity = _schedules(config, self.model)
+        self.weights = setup.weights(config, self.model)
+        self.beta, self.capacity = setup.schedules(config, self.model)
         self.beta.to(device)
         self.capacity.to(device)
 
-        self.batches = data.Batches(len(dataset.x), config.batch, config.seed, rank=place.rank, world=place.world)
+        self.batches = data.Batches(
+            len(dataset.x), config.batch, config.seed, rank=place.rank, world=place.world
+        )
         if self.batches.share % config.accumulate:
             raise ValueError(f"batch {config.batch} over {place.world} processes must be a multiple of "
                              f"accumulate, got {config.accumulate}")  # fmt: skip
@@ -144,9 +145,9 @@ class _Trainer:
         self.average = get_ema_multi_avg_fn(config.ema)
         self.noise = rng.make_seed(generator=torch.Generator().manual_seed(config.seed)).to(device)
 
-        self.forward: nn.Module = _Terms(self.model)
+        self.forward: Any = _Terms(self.model)
         if config.ops == "compile":
-            self.forward = torch.compile(self.forward)  # type: ignore[assignment]
+            self.forward = torch.compile(self.forward)
         if place.world > 1:
             ids = [device] if device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.forward, device_ids=ids)
@@ -199,29 +200,22 @@ class _Trainer:
 
     def _step(self) -> None:
         config, parts = self.config, self.config.accumulate
-        rows = next(self.batches)
         seed = rng.fold_in(self.noise, self.step)
-        x, label = self.dataset.batch(rows, self.place.device)
+        x, label = self.dataset.batch(next(self.batches), self.place.device)
         labels = label.chunk(parts) if label is not None and self.model.classes else [None] * parts
-        row, kept = self.batches.row, None
-        for i, (part, named) in enumerate(zip(x.chunk(parts), labels)):
-            values = data.scale(part, self.dataset.peak, self.model.input_range)
-            values = values.reshape(-1, *self.model.input_shape)
-            waits = self.place.world > 1 and i < parts - 1  # processes exchange gradients once a step
-            with self.forward.no_sync() if waits else nullcontext():
-                with torch.autocast(self.place.device.type, AMP.get(config.amp), enabled=config.amp in AMP):
-                    losses, monitors = self.forward(values, named, seed, row)
-                total = self._total(losses)
-                self.scaler.scale(total / parts).backward()
-            seen = [total, *(loss.sum() for loss in losses.values()), *monitors.values()]
-            seen = torch.stack([value.detach().float() for value in seen])
-            kept = seen if kept is None else kept + seen
+        row, seen = self.batches.row, []
+        for i, (part, own) in enumerate(zip(x.chunk(parts), labels)):
+            # Processes exchange gradients once a step, with the last micro-batch.
+            alone = self.place.world > 1 and i < parts - 1
+            with self.forward.no_sync() if alone else nullcontext():
+                seen.append(self._backward(part, own, seed, row))
             row += len(part)
+        kept = torch.stack([torch.stack(list(values.values())) for values in seen]).mean(0)
+        columns = list(seen[0])
 
         lr = config.lr * _lr_factor(config, self.step, self.steps, self.batches.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        kept, columns = kept / parts, ["loss", *losses, *monitors]
         if config.clip:
             self.scaler.unscale_(self.optimizer)
             norm = nn.utils.clip_grad_norm_(self.parameters, config.clip)
@@ -237,10 +231,21 @@ class _Trainer:
         self.step += 1
 
         if not self.columns:
-            self.columns, self.terms = columns, list(losses)
-            self.window = kept.new_empty(config.log_every, len(columns))
+            self.columns, self.window = columns, kept.new_empty(config.log_every, len(columns))
         self.window[self.filled] = kept
         self.filled += 1
+
+    def _backward(self, x: Tensor, label: Tensor | None, seed: Tensor, row: int) -> dict[str, Tensor]:
+        """Add the gradient of a micro-batch, x as stored; its losses and monitors, detached."""
+        x = data.scale(x, self.dataset.peak, self.model.input_range).reshape(-1, *self.model.input_shape)
+        device, amp = self.place.device.type, AMP.get(self.config.amp)
+        with torch.autocast(device, amp, enabled=amp is not None):
+            losses, monitors = self.forward(x, label, seed, row)
+        total = self._total(losses)
+        self.scaler.scale(total / self.config.accumulate).backward()
+        self.terms = list(losses)
+        seen = {"loss": total, **{name: loss.sum() for name, loss in losses.items()}, **monitors}
+        return {name: value.detach().float() for name, value in seen.items()}
 
     def _total(self, losses: dict[str, Tensor]) -> Tensor:
         """sum of weight * loss, fp32 []."""
@@ -287,8 +292,9 @@ class _Trainer:
         rows = self._rows()
         seconds = time.perf_counter() - self.since
         means = {name: sum(values) / len(rows) for name, values in zip(self.columns, zip(*rows))}
+        images = (self.step - self.clocked) * self.config.batch
         record = {"step": self.step, "epoch": self.step / self.batches.steps_per_epoch,
-                  "images_per_s": (self.step - self.clocked) * self.config.batch / seconds, "seconds": seconds,
+                  "images_per_s": images / seconds, "seconds": seconds,
                   "lr": self.optimizer.param_groups[0]["lr"], **means}  # fmt: skip
         if "kl" in self.terms:
             record["beta"] = float(self.beta())
@@ -363,19 +369,20 @@ class _Trainer:
     def _begin(self, fresh: bool) -> None:
         """The folder of the run, its config.json, and what is run, printed."""
         if fresh and ((self.out / FILE).exists() or checkpoint.found(self.out / "checkpoints")):
-            raise FileExistsError(f"out: {self.out} holds a run: resume it (--resume {self.out}), or give another")
+            raise FileExistsError(
+                f"out: {self.out} holds a run: resume it (--resume {self.out}), or give another"
+            )
         settings = {"config": dataclasses.asdict(self.config), "versions": _versions()}
         with checkpoint.atomic(self.out / "config.json") as file:
             file.write((json.dumps(settings, indent=2) + "\n").encode())
         shape = "x".join(map(str, self.dataset.x.shape[1:]))
-        count = sum(p.numel() for p in self.parameters)
-        served = {"fused": serving(self.place.device.type), "ref": "PyTorch", "compile": "PyTorch, compiled"}
-        print("\n".join([
-            *(f"{name:<17} {value}" for name, value in settings["config"].items()),
-            f"{type(self.model).__name__}: {count:,} parameters; {self.dataset.name}: {len(self.dataset.x):,} x "
-            f"{shape}; steps {self.step:,} to {self.steps:,}, {self.batches.steps_per_epoch:,} an epoch; "
-            f"{self.place.world} x {self.place.device}; ops by {served[self.config.ops]}",
-        ]), flush=True)  # fmt: skip
+        served = {"fused": serving(self.place.device.type), "ref": "PyTorch", "compile": "torch.compile"}
+        for name, value in settings["config"].items():
+            print(f"{name:<17} {value}")
+        print(f"{type(self.model).__name__}: {sum(p.numel() for p in self.parameters):,} parameters")
+        print(f"{self.dataset.name}: {len(self.dataset.x):,} x {shape}, "
+              f"{self.batches.steps_per_epoch:,} steps an epoch; from step {self.step:,} to {self.steps:,}")  # fmt: skip
+        print(f"{self.place.world} x {self.place.device}, ops by {served[self.config.ops]}", flush=True)
 
     @torch.no_grad()
     def _draw(self) -> None:
@@ -390,114 +397,33 @@ class _Trainer:
         x = data.scale(x, self.dataset.peak, model.input_range).reshape(-1, *model.input_shape)
         label = label if model.classes else None
         if hasattr(model, "reconstruct"):
-            pair = (_picture(images, model.input_range, shape) for images in (x, model.reconstruct(x, label)))
             path = folder / f"reconstructions-{self.step:09d}.png"
-            plots.reconstructions(path, f"Step {self.step:,}", *pair, columns=8)
+            decoded = _picture(model.reconstruct(x, label), model.input_range, shape)
+            original = _picture(x, model.input_range, shape)
+            plots.reconstructions(path, f"Step {self.step:,}", original, decoded, columns=8)
         if hasattr(model, "sample"):
             label = torch.arange(SHOWN, device=device) % model.classes if model.classes else None
             # No step's noise: its index is beyond them all.
-            images = model.sample(SHOWN, rng.fold_in(self.noise, 2**62), label)
+            drawn = model.sample(SHOWN, rng.fold_in(self.noise, 2**62), label)
             path = folder / f"samples-{self.step:09d}.png"
-            plots.image_grid(path, f"Step {self.step:,}", _picture(images, model.input_range, shape), columns=8)
+            drawn = _picture(drawn, model.input_range, shape)
+            plots.image_grid(path, f"Step {self.step:,}", drawn, columns=8)
         self.model.train()
 
     def _path(self) -> Path:
         return self.out / "checkpoints" / checkpoint.name(self.step)
 
     def _last_good(self) -> str:
-        return f"the last good checkpoint is of step {self.saved}" if self.saved else "no checkpoint was made yet"
-
-
-def _fitted(config: Config, place: Place, model: nn.Module | None,
-            dataset: data.Dataset | None) -> tuple[Config, nn.Module, data.Dataset]:  # fmt: skip
-    """Model and data set, made to fit: what `config.model` leaves open follows from the data's shape."""
-    given = model is not None
-    if given and config.vgg is not None:
-        raise ValueError("vgg: a model that is handed in brings its own trunk")
-    machine.seed_all(config.seed)
-    model = model if model is not None else _model(config)
-    if dataset is None:
-        dataset = _load(config, place, model)
-    if not len(dataset.x):
-        raise ValueError(f"data: {dataset.name} has no samples")
-    shape = tuple(dataset.x.shape[1:])
-    if not given and not _takes(model, shape):
-        sizes = {"in_dim": math.prod(shape), "items": math.prod(shape), "channels": shape[0],
-                 "size": shape[-1], "side": shape[-1]}  # fmt: skip
-        has = inspect.signature(type(model)).parameters
-        sizes = {name: size for name, size in sizes.items() if name in has and name not in config.model}
-        config = dataclasses.replace(config, model={**config.model, **sizes})
-        model = _model(config)
-    if not _takes(model, shape):
-        raise ValueError(f"data: {config.preset} takes samples of {tuple(model.input_shape)}, "
-                         f"those of {dataset.name} are {shape}")  # fmt: skip
-    if config.grid_every and len(shape) != 3:
-        raise ValueError(f"grid_every: {dataset.name} has no images to draw, it must be 0; got {config.grid_every}")
-    if model.classes:
-        if dataset.labels is None:
-            raise ValueError(f"data: {config.preset} needs labels, {dataset.name} has none")
-        largest = int(dataset.labels.max())
-        if largest >= model.classes:
-            raise ValueError(f"data: {config.preset} takes labels below {model.classes}, "
-                             f"{dataset.name} has {largest}")  # fmt: skip
-    return config, model, dataset
-
-
-def _model(config: Config) -> nn.Module:
-    """The preset's model, with weights that follow from the seed."""
-    arguments = dict(config.model)
-    if config.vgg is not None:
-        arguments["trunk"] = VGGTrunk.from_file(config.vgg, "vgg16", input_range=(-1.0, 1.0))
-    machine.seed_all(config.seed)
-    try:
-        return models.create(config.preset, ops="fused" if config.ops == "fused" else "ref", **arguments)
-    except TypeError as error:  # an argument of another type than the constructor takes
-        raise ValueError(f"model: {config.preset}: {error}") from error
-
-
-def _takes(model: nn.Module, shape: tuple[int, ...]) -> bool:
-    wanted = tuple(model.input_shape)
-    return shape == wanted or (len(wanted) == 1 and math.prod(shape) == wanted[0])
-
-
-def _load(config: Config, place: Place, model: nn.Module) -> data.Dataset:
-    size = config.size
-    if size is None and config.data in ("celeba", "images") and len(model.input_shape) == 3:
-        size = model.input_shape[-1]
-
-    def read() -> data.Dataset:
-        return data.load(config.data, config.root, split=config.split, size=size, seed=config.split_seed)
-    if place.rank:
-        place.any(False)  # the first process fills the cache of decoded images
-    dataset = read()
-    if not place.rank:
-        place.any(False)
-    return dataset
+        return (
+            f"the last good checkpoint is of step {self.saved}"
+            if self.saved
+            else "no checkpoint was made yet"
+        )
 
 
 def _versions() -> dict[str, str | None]:
     """Plain strings: torch's own kind of string is not loaded from a checkpoint."""
     return {name: version and str(version) for name, version in _info._versions().items()}
-
-
-def _weights(config: Config, model: nn.Module) -> dict[str, float]:
-    for name in config.weights:
-        if name not in model.weights:
-            raise ValueError(unknown("loss term", f"weights.{name}", [f"weights.{n}" for n in model.weights]))
-    return {**model.weights, **config.weights}
-
-
-def _schedules(config: Config, model: nn.Module) -> tuple[KLSchedule, KLSchedule]:
-    """The KL's weight and its capacity over the steps."""
-    if "kl" not in model.weights:
-        for name in ("beta", "beta_steps", "free_bits", "capacity"):
-            if getattr(config, name):
-                raise ValueError(f"{name}: {config.preset} has no KL, its losses are {', '.join(model.weights)}")
-    beta = model.weights.get("kl", 0.0) if config.beta is None else config.beta
-    def schedule(kind, stop, steps):
-        return KLSchedule(kind, stop=stop, steps=steps) if steps else KLSchedule("constant", stop=stop)
-    return (schedule(config.beta_schedule, beta, config.beta_steps),
-            schedule("linear", config.capacity, config.capacity_steps))  # fmt: skip
 
 
 def _lr_factor(config: Config, step: int, steps: int, steps_per_epoch: int) -> float:
