@@ -34,8 +34,9 @@ def assert_equal(a, b):
 
 
 def test_settings_are_typed_and_begin_at_the_preset():
-    config = parse(["preset=vae-mlp", "lr=3e-4", "batch=32", "tensorboard=true", "beta=none", "model.latent=10",
-                    "model.hidden=(8, 4)", "model.recon=mse", "weights.recon=2"])  # fmt: skip
+    config = parse(["preset=vae-mlp", "lr=3e-4", "batch=32", "tensorboard=true", "beta=none",
+                    "model.latent=10", "model.hidden=(8, 4)", "model.recon=mse",
+                    "weights.recon=2"])  # fmt: skip
     assert (config.data, config.split, config.epochs) == ("mnist", "train+valid", 30)
     assert (config.lr, config.batch) == (3e-4, 32)
     assert config.tensorboard is True and config.beta is None and config.weights == {"recon": 2.0}
@@ -80,7 +81,7 @@ def test_a_run_leaves_everything_behind(tmp_path, capsys):
     printed = capsys.readouterr()
     assert (
         "lr                0.01" in printed.out
-        and "blocks: 64 x 1x4x4, 4 steps an epoch; from step 0 to 6" in printed.out
+        and "blocks: 64 x 1x4x4, 4 steps an epoch\nsteps 0 to 6" in printed.out
     )
     assert all(f"{name}=" in printed.err for name in ("loss", "recon", "kl")) and "img/s" in printed.err
     lines = log.read(tmp_path / "log.jsonl")

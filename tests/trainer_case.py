@@ -4,8 +4,10 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -106,10 +108,10 @@ def kill_trials(trials, first_seed, path):
             time.sleep(0.001)
 
     expected = {}
-    for name, model in (("vae", vae), ("vq", vq)):
+    for name, model in (("warm", vae), ("vae", vae), ("vq", vq)):  # here: a fork then finds all imported
         begin = time.perf_counter()
-        run(f"{path}/{name}", model)
-        expected[name] = torch.load(f"{path}/{name}/end.pt"), time.perf_counter() - begin
+        right = train(small(f"{path}/{name}", **config), model=model(), dataset=dataset())
+        expected[name] = (weights(right), right.ema.state_dict(), right.record), time.perf_counter() - begin
     kills = 0
     for trial in range(trials):
         drawn = random.Random(first_seed + trial)
@@ -132,14 +134,34 @@ def kill_trials(trials, first_seed, path):
     assert kills >= trials
 
 
-def distributed(path):
-    """What one of several processes trains; its results go to a file."""
+def distributed(world, path):
+    """Forks that train together; the results of each go to a file."""
     torch.set_num_threads(1)
-    rank, results = int(os.environ["RANK"]), {}
+    train(small(Path(path) / "warm"), model=vae(), dataset=dataset())  # a fork then finds all imported
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    pids = []
+    for rank in range(world):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            try:
+                _rank(rank, path)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+    codes = [os.waitpid(pid, 0)[1] for pid in pids]
+    assert not any(codes), codes
+
+
+def _rank(rank, path):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.distributed.init_process_group("gloo")
+    results = {}
     for name, (model, changes) in DISTRIBUTED.items():
-        config = small(Path(path) / name, **changes)
-        result = train(config, model=model(), dataset=dataset())
+        result = train(small(Path(path) / name, **changes), model=model(), dataset=dataset())
         results[name] = weights(result), result.record
     torch.save(results, f"{path}/{rank}.pt")
     torch.distributed.destroy_process_group()

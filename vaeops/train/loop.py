@@ -380,8 +380,9 @@ class _Trainer:
         for name, value in settings["config"].items():
             print(f"{name:<17} {value}")
         print(f"{type(self.model).__name__}: {sum(p.numel() for p in self.parameters):,} parameters")
-        print(f"{self.dataset.name}: {len(self.dataset.x):,} x {shape}, "
-              f"{self.batches.steps_per_epoch:,} steps an epoch; from step {self.step:,} to {self.steps:,}")  # fmt: skip
+        data_line = f"{self.dataset.name}: {len(self.dataset.x):,} x {shape}"
+        print(f"{data_line}, {self.batches.steps_per_epoch:,} steps an epoch")
+        print(f"steps {self.step:,} to {self.steps:,}")
         print(f"{self.place.world} x {self.place.device}, ops by {served[self.config.ops]}", flush=True)
 
     @torch.no_grad()
