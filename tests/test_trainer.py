@@ -5,6 +5,8 @@ import json
 import math
 import os
 import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import trainer_case as case  # noqa: E402
 
 from vaeops import cli, objectives, rng  # noqa: E402
 from vaeops.models import MLPVAE, Terms  # noqa: E402
+from vaeops.nn import vgg_weights  # noqa: E402
 from vaeops.train import checkpoint, log, loop  # noqa: E402
 from vaeops.train.config import MAY_CHANGE, Config, make, parse  # noqa: E402
 
@@ -168,6 +171,14 @@ def test_a_resumed_run_ends_with_the_same_bits_and_the_same_log(tmp_path, stop):
     for line in (line for lines in logs for line in lines):
         del line["images_per_s"], line["seconds"]
     assert logs[0] == logs[1]
+
+
+def test_a_run_taken_up_at_an_earlier_step_keeps_its_later_checkpoints_aside(tmp_path):
+    straight = run(tmp_path, checkpoint_every=2)
+    resumed = run(tmp_path, resume=tmp_path / "checkpoints" / checkpoint.name(2), steps=4)
+    assert resumed.record["step"] == 4 and checkpoint.load(tmp_path)["step"] == 4
+    assert (tmp_path / "checkpoints" / f"{checkpoint.name(6)}.old").exists()
+    assert_equal(case.weights(run(tmp_path, resume=tmp_path)), case.weights(straight))
 
 
 def test_averaged_weights(tmp_path):
@@ -395,6 +406,21 @@ def test_the_command(tmp_path, capsys):
     assert "no checkpoint was made yet" in capsys.readouterr().err
 
 
+def test_the_command_ends_at_ctrl_c(tmp_path, capsys):
+    def interrupt():
+        while not (tmp_path / "log.jsonl").exists() or not (tmp_path / "log.jsonl").stat().st_size:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert cli.main(["train", "tiny-2d", "--out", str(tmp_path), "steps=1000000", "log_every=10"]) == 130
+    thread.join()
+    printed = capsys.readouterr().err
+    step = checkpoint.load(tmp_path)["step"]
+    assert f"stopped after step {step}; saved {checkpoint.resolve(tmp_path)}; go on with --resume" in printed
+
+
 def test_sizes_follow_from_the_data(tmp_path):
     options = {"data": "digits", "split": "train", "steps": 2, "grid_every": 0, "out": str(tmp_path)}
     result = loop.train(make("vae-mlp", **options))
@@ -420,6 +446,23 @@ def test_the_three_kinds_of_ops_train_alike(tmp_path, model):
         losses[ops] = [line["loss"] for line in log.read(tmp_path / ops / "log.jsonl")]
     assert losses["fused"] == pytest.approx(losses["ref"], rel=1e-4)
     assert losses["compile"] == pytest.approx(losses["ref"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_perceptual_loss_from_a_file(tmp_path):
+    drawn = torch.Generator().manual_seed(0)
+    state = {key: torch.randn(shape, generator=drawn) / 50 for key, shape in vgg_weights.layout("vgg16")}
+    torch.save(state, tmp_path / "vgg16.pth")
+    x = torch.randint(256, (8, 3, 64, 64), generator=drawn, dtype=torch.uint8).numpy()
+    options = {"steps": 2, "batch": 4, "log_every": 1, "grid_every": 0, "vgg": str(tmp_path / "vgg16.pth"),
+               "weights": {"perceptual": 0.5}, "out": str(tmp_path / "run")}  # fmt: skip
+    config = make("celeba-vae", **options)
+    record = loop.train(config, dataset=loop.data.Dataset("noise", x)).record
+    assert record["loss"] == pytest.approx(
+        record["recon"] + record["kl"] + 0.5 * record["perceptual"], rel=1e-5
+    )
+    with pytest.raises(ValueError, match="takes no 'trunk'"):
+        loop.train(make("vae-mlp", **{**options, "weights": {}}), dataset=loop.data.Dataset("noise", x))
 
 
 @pytest.mark.gpu

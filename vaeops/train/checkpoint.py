@@ -53,6 +53,11 @@ def found(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
 
 
+def later(folder: Path, step: int) -> list[Path]:
+    """The checkpoints in a folder of a later step."""
+    return [path for path in found(folder) if path.name > name(step)]
+
+
 def save(path: Path, state: dict[str, Any], keep: int) -> None:
     """Write the state, then remove all but the newest `keep` checkpoints beside it."""
     content = io.BytesIO()  # torch.save into a file hides why the disk refused
@@ -76,6 +81,8 @@ def load(path: Path | str) -> dict[str, Any]:
     path = resolve(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # a damaged or foreign file fails in many ways
         raise ValueError(f"{path} is no checkpoint of vaeops train, or is damaged") from error
     if not isinstance(state, dict) or "format" not in state:

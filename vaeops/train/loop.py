@@ -245,6 +245,8 @@ class _Trainer:
         self.scaler.scale(total / self.config.accumulate).backward()
         self.terms = list(losses)
         seen = {"loss": total, **{name: loss.sum() for name, loss in losses.items()}, **monitors}
+        if "kl" in losses:
+            seen["beta"] = self.beta()
         return {name: value.detach().float() for name, value in seen.items()}
 
     def _total(self, losses: dict[str, Tensor]) -> Tensor:
@@ -296,8 +298,6 @@ class _Trainer:
         record = {"step": self.step, "epoch": self.step / self.batches.steps_per_epoch,
                   "images_per_s": images / seconds, "seconds": seconds,
                   "lr": self.optimizer.param_groups[0]["lr"], **means}  # fmt: skip
-        if "kl" in self.terms:
-            record["beta"] = float(self.beta())
         self.filled, self.clocked, self.since = 0, self.step, time.perf_counter()
         return record
 
@@ -372,6 +372,8 @@ class _Trainer:
             raise FileExistsError(
                 f"out: {self.out} holds a run: resume it (--resume {self.out}), or give another"
             )
+        for later in checkpoint.later(self.out / "checkpoints", self.step):
+            later.replace(later.with_suffix(".pt.old"))  # of the run that is taken up at an earlier step
         settings = {"config": dataclasses.asdict(self.config), "versions": _versions()}
         with checkpoint.atomic(self.out / "config.json") as file:
             file.write((json.dumps(settings, indent=2) + "\n").encode())
