@@ -1,4 +1,4 @@
-"""`vaeops train workshop-vq`: a VQ-VAE that gives each image of a digit one code.
+"""`vaeops experiment workshop-vq`: a VQ-VAE that gives each image of a digit one code.
 
 The experiment of a 2020 workshop: if the codebook has about as many codes as there are digits, does each code
 become a digit? It writes the decoded codebook and the table of codes against digits, and prints how far it
@@ -109,7 +109,7 @@ def read(name: str, root: Path | None, split: str, seed: int) -> tuple[Tensor, T
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="vaeops train workshop-vq", description=__doc__,
+    parser = argparse.ArgumentParser(prog="vaeops experiment workshop-vq", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--data", choices=("mnist", "digits"), default="digits", help="digits ships inside scikit-learn")
