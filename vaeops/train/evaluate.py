@@ -24,6 +24,7 @@ from ..models.prior import decode_codes
 from ..nn import PosteriorMonitor
 from . import checkpoint, data as datasets, metrics
 from .data import Dataset
+from .setup import DECODED
 
 Model = Any  # an nn.Module with the protocol of vaeops.models, or with the part of it that its kind has
 Found = defaultdict[str, list[Tensor]]  # by name, a value for each sample
@@ -33,11 +34,11 @@ SAMPLE_BATCH = 256  # fixed, so that a seed's samples do not depend on how many 
 
 # What a figure is: of each, the beginning of its name.
 MEANING = {
-    "loss_": "term of the loss, mean of a sample",
+    "loss_": "term of the loss, the mean of a batch",
     "mse": "squared error of an element, as a share of the range",
     "psnr": "peak signal-to-noise ratio, dB, mean of an image",
     "ssim": "structural similarity, mean of an image",
-    "kl_dim": "KL of each latent dimension, nats",
+    "kl_dim": "KL of the latent dimensions, nats: the 20 largest; all by --json",
     "active_units": "latent dimensions whose posterior mean varies by more than 0.01",
     "mean_abs_mu": "|mean of mu|, mean of a latent dimension",
     "mean_logvar": "log-variance of the posterior, mean of a latent dimension",
@@ -56,7 +57,8 @@ def load_model(path: Path) -> tuple[Model, dict[str, Any], str]:
     """(model in eval mode, its training's settings, what was loaded in words) of a checkpoint or saved model.
 
     Of a checkpoint, or of the newest one in a run's folder, the averaged weights where there are any. A
-    .safetensors file is a saved model, whose training is not known: no settings.
+    .safetensors file is a saved model, whose training is not known: no settings. The trunk of a perceptual
+    loss is in neither.
     """
     if path.suffix == ".safetensors":
         return models.load(path).eval(), {}, "saved model"
@@ -250,15 +252,14 @@ def grid(images: Tensor) -> np.ndarray:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The figures, a line each with what it is; lists below it, ten to a line."""
+    """The figures, a line each with what it is."""
     lines = []
     for name, value in result.items():
         meaning = next(text for start, text in MEANING.items() if name.startswith(start))
-        many = value if isinstance(value, list) else []
+        many = sorted(value, reverse=True)[:20] if isinstance(value, list) else []
         shown = "" if many else f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
         lines.append(f"{name:<22}{shown:>12}  {meaning}")
-        for i in range(0, len(many), 10):
-            lines.append("    " + " ".join(f"{part:8.4f}" for part in many[i : i + 10]))
+        lines += [" " * 4 + " ".join(f"{v:8.4f}" for v in many[i : i + 10]) for i in range(0, len(many), 10)]
     return "\n".join(lines)
 
 
@@ -322,7 +323,7 @@ def main(argv: Sequence[str]) -> int:
 def _split(name: str, split: str, args: argparse.Namespace, model: Model,
            config: dict[str, Any]) -> Dataset:  # fmt: skip
     """A split as the training had it: by its seed and, of data sets that are resized, in the model's size."""
-    size = model.input_shape[-1] if name in ("celeba", "images") else None
+    size = model.input_shape[-1] if name in DECODED else None
     root = args.root or config.get("root")
     return datasets.load(name, root, split=split, size=size, seed=config.get("split_seed", 0))
 
