@@ -1,6 +1,8 @@
 """`vaeops eval` and `vaeops sample`: every figure against its own definition, then both commands."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from vaeops import cli, models, perplexity  # noqa: E402
 from vaeops.train import data as datasets, evaluate, metrics  # noqa: E402
 from vaeops.train.data import Dataset  # noqa: E402
 
+ROOT = Path(os.environ.get("VAEOPS_DATA", "data"))
 SMALL = {"in_dim": 64, "hidden": (16,)}
 
 
@@ -187,7 +190,8 @@ def test_eval_prints_a_table_or_json(saved, digits, capsys):
 
 def test_eval_says_what_is_missing(saved, capsys):
     for arguments, error in (([], "does not say what it was trained on: give --data"),
-                             (["--data", "digits", "--features", "f.npy"], "needs --extractor")):  # fmt: skip
+                             (["--data", "digits", "--features", "f.npy"], "needs --extractor"),
+                             (["--batch", "0"], "argument --batch: must be at least 1, got 0")):  # fmt: skip
         with pytest.raises(SystemExit):
             evaluate.main([saved[1], *arguments])
         assert error in capsys.readouterr().err
@@ -267,6 +271,19 @@ def test_a_run_of_the_trainer(tmp_path, digits, capsys):
     assert result["auroc"] == 0.5  # of a data set against itself
     assert cli.main(["sample", run, "--npy", str(tmp_path / "s.npy"), "--n", "2"]) == 0
     np.testing.assert_array_equal(np.load(tmp_path / "s.npy"), evaluate.draw(averaged, 2))
+
+
+@pytest.mark.skipif(not (ROOT / "ml-100k").is_dir(), reason=f"no ml-100k/ in {ROOT}: set VAEOPS_DATA")
+def test_a_recommender_beats_popularity(tmp_path, capsys):
+    run = str(tmp_path / "run")
+    settings = ["steps=150", "beta_steps=150", "lr=2e-3", "model.hidden=(100,)", "model.latent=20"]
+    assert cli.main(["train", "mult-vae", *settings, "--root", str(ROOT), "--out", run]) == 0
+    capsys.readouterr()
+    assert cli.main(["eval", run, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    for name in ("recall@20", "recall@50", "ndcg@100"):
+        assert result[name] > 1.2 * result[f"popularity_{name}"], name
+    assert "mse" not in result
 
 
 @pytest.mark.parametrize("command", ["eval", "sample"])

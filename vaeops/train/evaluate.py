@@ -29,7 +29,7 @@ from .setup import DECODED
 Model = Any  # an nn.Module with the protocol of vaeops.models, or with the part of it that its kind has
 Found = defaultdict[str, list[Tensor]]  # by name, a value for each sample
 RANKS = (20, 50, 100)
-NLL_ROWS = 8192  # posterior samples that are decoded at once
+NLL_ROWS = 1024  # posterior samples that are decoded at once
 SAMPLE_BATCH = 256  # fixed, so that a seed's samples do not depend on how many are asked for
 
 # What a figure is: of each, the beginning of its name.
@@ -187,7 +187,7 @@ def errors(model: Model, data: Dataset, *, batch: int = 256,
            device: torch.device | str = "cpu") -> np.ndarray:  # fmt: skip
     """[N]: each sample's squared error of reconstruction, mean of an element as a share of the range."""
     if not hasattr(model, "reconstruct"):
-        raise ValueError(f"errors: {type(model).__name__} does not reconstruct")
+        raise ValueError(f"{type(model).__name__} does not reconstruct")
     found = [
         _error(model.reconstruct(x, label), x, model.input_range).cpu()
         for _, x, label in batches(model, data, batch, device, data.name)
@@ -198,7 +198,9 @@ def errors(model: Model, data: Dataset, *, batch: int = 256,
 @torch.no_grad()
 def draw(model: Model, n: int, *, seed: int = 0, label: int | None = None,
          device: torch.device | str = "cpu") -> Tensor:  # fmt: skip
-    """n samples of a model, [n, ...] as its `sample` gives them, on the CPU. The first m of n are those of m.
+    """n samples of a model, [n, ...] as its `sample` gives them, on the CPU.
+
+    The first m of n are those that a call for m draws, up to rounding.
 
     Args:
         label: that all samples of a model with classes have; None: 0, 1, ... in turn.
@@ -237,10 +239,11 @@ def as_images(x: Tensor, input_range: tuple[float, float] | None) -> Tensor:
     return ((x - low) / (high - low)).clamp(0, 1)
 
 
-@torch.no_grad()
 def grid(images: Tensor) -> np.ndarray:
-    """images [N, C, H, W] in [0, 1] -> one uint8 picture [H', W', C], row by row, about as wide as high, with
-    a white line of two pixels around each."""
+    """images [N, C, H, W] in [0, 1] -> one uint8 picture [H', W', C], row by row, white between them.
+
+    Every pixel is one of the images', which a plot's are not.
+    """
     n, channels, height, width = images.shape
     columns = math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -271,14 +274,20 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def main(argv: Sequence[str]) -> int:
     """`vaeops eval`."""
     parser = _parser("eval", "The figures of a trained model on a data set.")
     parser.add_argument("--data", help="data set (default: the training's)")
     parser.add_argument("--root", help="folder of the data sets (default: the training's)")
     parser.add_argument("--split", default="test", help="train, valid or test (default: test)")
-    parser.add_argument("--batch", type=int, default=256, help="samples at once (default: 256)")
-    parser.add_argument("--nll-samples", type=int, default=0, metavar="K",
+    parser.add_argument("--batch", type=positive, default=256, help="samples at once (default: 256)")
+    parser.add_argument("--nll-samples", type=positive, default=0, metavar="K",
                         help="also -log p(x), by K draws of each posterior")  # fmt: skip
     parser.add_argument("--outliers", metavar="NAME",
                         help="also how well the reconstruction error tells this data set apart")  # fmt: skip
@@ -288,9 +297,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--features", type=Path, metavar="FILE",
                         help="its features of the data, .npy [N, D] or .npz with mu and sigma "
                              "(default: made of the split)")  # fmt: skip
-    parser.add_argument("--samples", type=int, metavar="N",
+    parser.add_argument("--samples", type=positive, metavar="N",
                         help="how many to draw for it (default: as many as the split has)")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON; what is not finite is null")
     args = parser.parse_args(argv)
     if args.extractor is None and (args.features or args.samples):
         parser.error("--features and --samples are of the Frechet distance, which needs --extractor")
@@ -314,7 +323,8 @@ def main(argv: Sequence[str]) -> int:
     header = {"model": model.preset, "loaded": loaded, "data": name, "split": args.split,
               "samples": len(data)}  # fmt: skip
     if args.json:
-        print(json.dumps(header | result))
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in result.items()}
+        print(json.dumps(header | finite))
     else:
         print(f"{header['model']}, {loaded}; {name}, {args.split}, {len(data):,} samples\n{table(result)}")
     return 0
@@ -349,7 +359,7 @@ def _frechet(model: Model, data: Dataset, args: argparse.Namespace) -> float:
 def sample_main(argv: Sequence[str]) -> int:
     """`vaeops sample`."""
     parser = _parser("sample", "Samples of a trained model, as a picture, and as an array on request.")
-    parser.add_argument("--n", type=int, default=64, help="how many (default: 64)")
+    parser.add_argument("--n", type=positive, default=64, help="how many (default: 64)")
     parser.add_argument("--label", type=int, help="of a model with classes (default: all, in turn)")
     parser.add_argument("--decoder", type=Path, metavar="CHECKPOINT",
                         help="the VQ-VAE that makes images of a code-prior's codes")  # fmt: skip
@@ -357,13 +367,12 @@ def sample_main(argv: Sequence[str]) -> int:
                         help="a picture of all (default: samples.png, or none with --npy alone)")  # fmt: skip
     parser.add_argument("--npy", type=Path, metavar="FILE.npy", help="an array of all, in the model's range")
     args = parser.parse_args(argv)
-    if args.n < 1:
-        parser.error(f"--n must be at least 1, got {args.n}")
     model, _, loaded = load_model(args.checkpoint)
     x = draw(model.to(args.device), args.n, seed=args.seed, label=args.label, device=args.device)
     if args.decoder:
         decoder = load_model(args.decoder)[0]
-        x, input_range = decode_codes(decoder, x), decoder.input_range
+        x = torch.cat([decode_codes(decoder, codes) for codes in x.split(SAMPLE_BATCH)])
+        input_range = decoder.input_range
     else:
         input_range = model.input_range
     if args.npy:
