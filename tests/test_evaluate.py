@@ -188,6 +188,13 @@ def test_eval_prints_a_table_or_json(saved, digits, capsys):
     assert names == [name for name in result if name not in ("model", "loaded", "data", "split", "samples")]
 
 
+def test_json_has_null_for_what_is_not_finite(saved, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: {"psnr": float("inf"), "active_units": 3})
+    evaluate.main([saved[1], "--data", "digits", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["psnr"] is None and result["active_units"] == 3
+
+
 def test_eval_says_what_is_missing(saved, capsys):
     for arguments, error in (([], "does not say what it was trained on: give --data"),
                              (["--data", "digits", "--features", "f.npy"], "needs --extractor"),
