@@ -51,9 +51,8 @@ def test_parameter_counts(model, parameters):
 
 def test_terms(make):
     model = make()
-    x = batch(model)
-    model(x)  # codebooks that start by k-means have started
     model.eval()
+    x = batch(model)
     out, (losses, monitors) = model(x), model.terms(x, seed=case.SEED)
     assert list(losses) == list(model.weights)
     torch.testing.assert_close(losses["recon"], F.mse_loss(out.recon, x))
@@ -74,7 +73,6 @@ def test_terms(make):
 def test_reconstruction_is_the_decoded_codes(make):
     model = make()
     x = batch(model)
-    model(x)
     out = model.eval()(x)
     lo, hi = model.input_range
     for a, b in zip(tuple_of(model.encode(x)), tuple_of(out.indices)):
@@ -88,7 +86,6 @@ def test_reconstruction_is_the_decoded_codes(make):
 def test_codebooks_move_in_training_alone(make):
     model = make()
     x = batch(model)
-    model.terms(x)
     before = codebooks(model)
     model.reconstruct(x)
     model.eval().terms(x)
