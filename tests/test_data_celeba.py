@@ -18,6 +18,7 @@ pytest.importorskip("tqdm")
 matplotlib_image = pytest.importorskip("matplotlib.image")
 Image = pytest.importorskip("PIL.Image")
 
+from bench import loader  # noqa: E402
 from vaeops import cli  # noqa: E402
 from vaeops.train import data, workshop_celeba  # noqa: E402
 from vaeops.train.data import cache  # noqa: E402
@@ -137,7 +138,7 @@ def test_celeba_without_attributes(tmp_path):
 
 
 def test_celeba_says_what_is_missing_or_wrong(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"celeba: there is no such folder or archive in .*\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"celeba: there is no folder or archive .*\.tar"):
         data.load("celeba", tmp_path / "celeba.tar")
     with pytest.raises(
         FileNotFoundError, match=r"no list_eval_partition\.txt in .* nor is there .*celeba\.zip"
@@ -155,11 +156,11 @@ def test_celeba_says_what_is_missing_or_wrong(tmp_path):
         data.load("celeba", tmp_path, split="test")
     with pytest.raises(ValueError, match="the nearest: Eyeglasses"):
         data.load("celeba", tmp_path, size=4).attribute("Eye_glasses")
-    attributes = files["list_attr_celeba.txt"]
+    attributes, face = files["list_attr_celeba.txt"], "img_align_celeba/000001.jpg"
     for name, content, message in (
-        ("img_align_celeba/000001.jpg", encoded((6, 4), 0), r"000001\.jpg is 6x4; 178x218 or square"),
-        ("img_align_celeba/000001.jpg", b"text", r"000001\.jpg is no image"),
-        ("img_align_celeba/000001.jpg", encoded((40, 40), 0)[:-200], r"000001\.jpg is damaged: .*truncated"),
+        (face, encoded((6, 4), 0), rf"^celeba: .*broken: {face} is 6x4; 178x218 or square"),
+        (face, b"text", rf"^celeba: .*broken: {face} is no image"),
+        (face, encoded((40, 40), 0)[:-200], rf"^celeba: .*broken: {face} is damaged: .*truncated"),
         ("list_eval_partition.txt", b"000000.jpg 3", r"partition\.txt, line 1: a file and 0, 1 or 2"),
         ("list_attr_celeba.txt", b"3\nSmiling\n", "line 2: 40 names are expected, got 1"),
         ("list_attr_celeba.txt", attributes.replace(b"-1", b"0", 1), "line 3: a file and 40"),
@@ -177,6 +178,23 @@ def test_celeba_says_what_is_missing_or_wrong(tmp_path):
     message = r"has no img_align_celeba/000000\.jpg, and 1 more of the 2 images of the split 'train' are"
     with pytest.raises(FileNotFoundError, match=message):
         data.load("celeba", tmp_path)
+
+
+def test_damaged_archives(tmp_path):
+    files = celeba_files([(8, 8)] * 3)
+    whole = write_tar(files, tmp_path / "celeba.tar").read_bytes()
+    inside = whole.rindex(b"img_align_celeba/000002.jpg")
+    (tmp_path / "celeba.tar").write_bytes(whole[: inside + 700])
+    with pytest.raises(ValueError, match=r"celeba: .*celeba\.tar is damaged: unexpected end of data"):
+        data.load("celeba", tmp_path / "celeba.tar", split="valid")
+    whole = write_zip(files, tmp_path / "celeba.zip").read_bytes()
+    inside = whole.index(files["img_align_celeba/000001.jpg"])
+    (tmp_path / "celeba.zip").write_bytes(whole[:inside] + b"?" + whole[inside + 1 :])
+    with pytest.raises(ValueError, match=r"celeba\.zip is damaged: Bad CRC.*000001\.jpg"):
+        data.load("celeba", tmp_path / "celeba.zip")
+    (tmp_path / "celeba.zip").write_bytes(whole[:-200])
+    with pytest.raises(ValueError, match=r"neither a folder nor a \.zip nor a \.tar, or it is incomplete"):
+        data.load("celeba", tmp_path / "celeba.zip")
 
 
 # ---- any folder
@@ -220,7 +238,7 @@ def test_images_are_cut_square_upright_and_grey_where_all_are(tmp_path):
 
 
 def test_images_refuse(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no such folder or archive in .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"images: there is no folder or archive .*nowhere"):
         data.load("images", tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"has no image: \.bmp, "):
         data.load("images", tmp_path)
@@ -316,6 +334,16 @@ def test_an_interrupted_decoding_leaves_the_old_cache(faces, monkeypatch):
             data.load("celeba", faces)
     assert sorted((faces / FOLDER).iterdir()) == kept
     assert np.array_equal(data.load("celeba", faces).x, x)
+
+
+def test_the_benchmark_of_the_cache(tmp_path, capsys):
+    source = write_tar(celeba_files([ORIGINAL] * 5), tmp_path / "celeba.tar")
+    loader.main([str(source), "--rounds", "1", "--seconds", "0.01", "--batch", "2"])
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"celeba\.tar: 4 training images .*\n +decode.* images/s .*\n +gather.* images/s .*x\n", printed
+    )
+    assert not (tmp_path / FOLDER).exists()
 
 
 # ---- real faces
