@@ -140,6 +140,29 @@ def test_parts_of_a_batch_draw_what_the_whole_does(name):
     assert not torch.equal(model.terms(x, label, seed=SEED, row=1).losses["recon"], whole["recon"])
 
 
+@pytest.mark.parametrize("name", ["ae-denoise", "cvae", "workshop-vae"])
+def test_terms_trace_as_one_graph(name):
+    options = {"noise": "uniform"} if name == "workshop-vae" else {}
+    model = create(name, **MODELS[name][1], **options)
+    x, label = batch(model)
+    torch._dynamo.reset()
+    traced = torch.compile(model.terms, fullgraph=True, backend="eager")(x, label, seed=SEED, row=2)
+    for key, value in model.terms(x, label, seed=SEED, row=2).losses.items():
+        assert torch.equal(value, traced.losses[key])
+
+
+@pytest.mark.parametrize("name", ["ae-sparse", "vae-conv", "celeba-vae-xl"])
+def test_losses_stay_fp32_under_autocast(name):
+    model = create(name, **MODELS[name][1])
+    x, label = batch(model)
+    full = model.terms(x, label, seed=SEED).losses
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.terms(x, label, seed=SEED).losses
+    for key, value in losses.items():
+        assert value.dtype is torch.float32
+        torch.testing.assert_close(value, full[key], rtol=0.1, atol=0.02)
+
+
 def in_range(samples, input_range):
     lo, hi = input_range or (-float("inf"), float("inf"))
     return bool(((samples >= lo) & (samples <= hi)).all()) and not samples.requires_grad
@@ -209,7 +232,7 @@ def test_denoising_noise_and_dropout():
 
 def test_a_cost_of_the_code_empties_it():
     zeros = []
-    for sparsity in (0.0, 0.05):
+    for sparsity in (0.0, 0.3):
         torch.manual_seed(0)
         model = create("ae-sparse", in_dim=36, hidden=(16,), latent=8, sparsity=sparsity)
         x, _ = batch(model, 64)
@@ -220,7 +243,7 @@ def test_a_cost_of_the_code_empties_it():
             total(model, losses).backward()
             optimizer.step()
         torch.testing.assert_close(
-            losses["sparsity"], model.encode(x).abs().sum(1).mean(), rtol=0.2, atol=1e-3
+            losses["sparsity"], model.encode(x).abs().mean(), rtol=0.2, atol=1e-3
         )
         zeros.append(float(monitors["zeros"]))
     assert zeros[1] > zeros[0] + 0.2

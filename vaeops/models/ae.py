@@ -1,5 +1,6 @@
 """Autoencoders: a bottleneck, no distribution over it, hence nothing to sample from."""
 
+import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
@@ -130,6 +131,7 @@ class DenoisingAutoencoder(MLPAutoencoder):
                 f"got {noise}, {dropout} and {list(hidden)}"
             )
         self.noise, self.dropout = noise, dropout
+        self.dropped_below = NormalDist().inv_cdf(dropout) if dropout else -math.inf
 
     def terms(self, x: Tensor, label: Tensor | None = None, *, seed: Tensor | None = None,
               row: int = 0) -> Terms:  # fmt: skip
@@ -145,8 +147,8 @@ class DenoisingAutoencoder(MLPAutoencoder):
             seed = rng.make_seed(x.device)
         check_x(self, x)
         h = self.encoder[:2](self.noisy(x, seed, row))
-        if self.training and self.dropout:
-            kept = self._normal(h, rng.fold_in(seed, 1), row) > NormalDist().inv_cdf(self.dropout)
+        if self.training:
+            kept = self._normal(h, rng.fold_in(seed, 1), row) > self.dropped_below
             h = h * kept / (1 - self.dropout)
         return self._terms(x, self.encoder[2:](h))
 
@@ -163,7 +165,7 @@ class SparseAutoencoder(MLPAutoencoder):
 
     Args:
         in_dim, hidden, latent, ops: as in MLPAutoencoder.
-        sparsity: weight of the code's cost, the sum of |z| over its dims.
+        sparsity: weight of the code's cost, the mean of |z| over its dims.
 
     Source: Ng, "Sparse autoencoder", CS294A lecture notes, 2011, with an L1 penalty for the KL one.
     """
@@ -176,8 +178,8 @@ class SparseAutoencoder(MLPAutoencoder):
 
     def terms(self, x: Tensor, label: Tensor | None = None, *, seed: Tensor | None = None,
               row: int = 0) -> Terms:  # fmt: skip
-        """The losses "recon" and "sparsity", sum_d |z_d|, of x [B, in_dim]; the share of zeros in z."""
+        """The losses "recon" and "sparsity", mean |z|, of x [B, in_dim]; the share of zeros in z."""
         z = self.encode(x)
         losses, monitors = self._terms(x, z)
-        losses["sparsity"] = recon_loss(z, z.new_zeros(()), "l1", impl=self.impl)
+        losses["sparsity"] = recon_loss(z, z.new_zeros(()), "l1", reduction="mean", impl=self.impl)
         return Terms(losses, monitors | {"zeros": (z == 0).float().mean()})

@@ -73,7 +73,7 @@ def train(images: Tensor, *, codes: int, dim: int, hidden: Sequence[int], commit
 def codes_by_label(model: MLPVQVAE, images: Tensor, labels: Tensor) -> Tensor:
     """How many images of each label have each code: int64 [codes, 10]."""
     codes = model.codebook.shape[0]
-    indices = model(images.flatten(1)).indices
+    indices = model.encode(images.flatten(1))
     return torch.bincount(indices * 10 + labels, minlength=codes * 10).view(codes, 10)
 
 
@@ -85,7 +85,7 @@ def draw(out: Path, model: MLPVQVAE, table: Tensor, side: int) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     order = sorted(range(len(table)), key=lambda k: (int(table[k].sum()) == 0, int(table[k].argmax()), k))
-    decoded = model.decode(model.codebook)[order].unflatten(1, (side, side)).numpy()
+    decoded = model.decode(torch.tensor(order)).unflatten(1, (side, side)).numpy()
     used = [k for k in order if int(table[k].sum()) > 0]
     unused = len(order) - len(used)
     title = "What each code decodes to" + (f" (the last {unused} are not in use)" if unused else "")
