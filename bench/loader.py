@@ -25,7 +25,7 @@ from vaeops.train.data.cache import decode
 from vaeops.train.data.files import Files
 from vaeops.train.data.images import face_side
 
-SIDE, BATCH = 64, 64
+SIDE = 64
 
 
 def images_per_second(batch: Callable[[Tensor], Tensor], order: Batches, seconds: float) -> float:
@@ -35,9 +35,9 @@ def images_per_second(batch: Callable[[Tensor], Tensor], order: Batches, seconds
     return done / passed
 
 
-def measure(source: Path, rounds: int, seconds: float, cache: str) -> None:
+def measure(source: Path, batch: int, rounds: int, seconds: float, cache: str) -> None:
     cached = load("celeba", source, size=SIDE, cache=cache)
-    with closing(Files(source)) as files:
+    with closing(Files("celeba", source)) as files:
         where = {PurePosixPath(name).name: name for name in files.names()}
         faces = [(name, files.read(where[name])) for name in cached.extra["files"]]
 
@@ -50,17 +50,17 @@ def measure(source: Path, rounds: int, seconds: float, cache: str) -> None:
         )
 
     rivals = {"decode, crop, resize each sample": decode_each, "gather from the cache": gather}
-    order = Batches(len(faces), BATCH)
+    order = Batches(len(faces), batch)
     indices = next(order)
     assert torch.equal(gather(indices), decode_each(indices))
     found: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
-        for name, batch in rivals.items():
-            found[name].append(images_per_second(batch, order, seconds))
+        for name, rival in rivals.items():
+            found[name].append(images_per_second(rival, order, seconds))
     medians = {name: statistics.median(rates) for name, rates in found.items()}
     base = medians["decode, crop, resize each sample"]
     print(
-        f"{source.name}: {len(faces):,} training images to {SIDE}x{SIDE}, batches of {BATCH}, {rounds} rounds"
+        f"{source.name}: {len(faces):,} training images to {SIDE}x{SIDE}, batches of {batch}, {rounds} rounds"
     )
     for name, rate in medians.items():
         low, high = min(found[name]), max(found[name])
@@ -71,12 +71,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench/loader.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("source", type=Path, nargs="+", help="faces in CelebA's layout")
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each of the two in a round")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as cache:
         for source in args.source:
-            measure(source, args.rounds, args.seconds, cache)
+            measure(source, args.batch, args.rounds, args.seconds, cache)
 
 
 if __name__ == "__main__":

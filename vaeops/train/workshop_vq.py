@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--data", choices=("mnist", "digits"), default="digits", help="digits ships inside scikit-learn")
-    add("--root", type=Path, default=Path("data"), help="its mnist/ holds the idx files (default: data)")
+    add("--root", type=Path, help="its mnist/ holds the idx files (default: $VAEOPS_DATA or data)")
     add("--codes", type=int, default=32)
     add("--commitment", type=float, default=1.0, help="weight of the commitment loss")
     add("--steps", type=int, default=5000)

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import os
-import tempfile
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,7 +24,8 @@ from .files import Files
 
 FOLDER = "vaeops-cache"
 _CHUNK = 64  # images that are decoded at a time
-_PROCESSES_FROM = 10_000  # images; fewer are decoded before the processes have imported what they need
+_PROCESSES = 16  # at most
+_PROCESSES_FROM = 20_000  # images; fewer are decoded before the processes have imported what they need
 _LOG = logging.getLogger("vaeops")
 Side = Callable[[int, int], int]  # (width, height) -> side of the square in the middle that is kept
 
@@ -53,17 +54,10 @@ def decoded(name: str, files: Files, wanted: Sequence[str], part: str, *, size: 
     if not _holds(path, made_of):
         if path.exists():
             _LOG.warning("%s is of other files, or was changed; it is made anew", path)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with _replacing(path) as array:
-                _fill(array, f"{name}, {part}", files, wanted, size, side, mode)
-            with _replacing(path.with_suffix(".json")) as record:
-                record.write(json.dumps({**made_of, "left": _left(path)}, indent=1).encode())
-        except PermissionError as error:
-            raise PermissionError(
-                f"{name}: the decoded images cannot be written to {folder} ({error.strerror}); "
-                "cache= names another folder"
-            ) from error
+        with _replacing(path) as array:
+            _fill(array, f"{name}, {part}", files, wanted, size, side, mode)
+        with _replacing(path.with_suffix(".json")) as record:
+            record.write(json.dumps({**made_of, "left": _left(path)}, indent=1).encode())
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
@@ -71,7 +65,7 @@ def _holds(path: Path, made_of: dict[str, Any]) -> bool:
     try:
         record = json.loads(path.with_suffix(".json").read_bytes())
         return record == {**made_of, "left": _left(path)}
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return False
 
 
@@ -83,15 +77,22 @@ def _left(path: Path) -> list[int]:
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes path's place when all of it is on the disk, and is removed if that fails."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(beside, "xb")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        message = f"decoded images cannot be written to {path.parent} ({error.strerror})"
+        raise OSError(error.errno, f"{message}; cache= names another folder") from error
+    try:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink()
+        raise
 
 
 def _fill(array: IO[bytes], title: str, files: Files, wanted: Sequence[str], size: int | None, side: Side,
@@ -99,7 +100,8 @@ def _fill(array: IO[bytes], title: str, files: Files, wanted: Sequence[str], siz
     """Writes a .npy file, row by row where each belongs: an archive's order need not be that of `wanted`."""
     rows = {file: row for row, file in enumerate(wanted)}
     mode = mode or ("L" if all(_is_grey(content) for _, content in files.contents(rows)) else "RGB")
-    first, shape, begin = "", (), 0
+    first, begin = "", 0
+    shape: tuple[int, ...] = ()
     with tqdm(total=len(wanted), desc=f"decoding {title}", unit="img", unit_scale=True) as bar:
         for names, images in _decode_all(files.contents(rows), len(wanted), mode, size, side):
             for file, pixels in zip(names, images):
@@ -122,7 +124,7 @@ def _decode_all(contents: Iterator[tuple[str, bytes]], n: int, mode: str, size: 
                 ) -> Iterator[tuple[list[str], list[np.ndarray]]]:  # fmt: skip
     """(names, images) of the contents by the chunk, in their order."""
     chunks = iter(lambda: list(itertools.islice(contents, _CHUNK)), [])
-    workers = os.cpu_count() or 1
+    workers = min(os.cpu_count() or 1, _PROCESSES)
     if n < _PROCESSES_FROM or workers == 1:
         for chunk in chunks:
             yield [file for file, _ in chunk], decode(chunk, mode, size, side)
@@ -140,8 +142,8 @@ def _decode_all(contents: Iterator[tuple[str, bytes]], n: int, mode: str, size: 
                 yield names, future.result()
     except BrokenProcessPool as error:
         raise RuntimeError(
-            "a process that decodes images ended early: out of memory, or a script that loads a data set "
-            'without `if __name__ == "__main__":` around it, which each such process runs again'
+            "a process that decodes images ended early: out of memory, or the script that loads them is read "
+            'from a pipe, or has no `if __name__ == "__main__":`, and each such process runs it again'
         ) from error
 
 

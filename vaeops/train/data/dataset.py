@@ -61,7 +61,7 @@ class Dataset:
 def _gather(rows: np.ndarray | Tensor, indices: Tensor, device: torch.device) -> Tensor:
     if isinstance(rows, Tensor):
         return rows.index_select(0, indices.to(rows.device, non_blocking=True)).to(device)
-    taken = torch.from_numpy(np.take(rows, indices.cpu().numpy(), axis=0))
+    taken = torch.from_numpy(rows[indices.cpu().numpy()])
     return taken.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else taken.to(device)
 
 

@@ -1,7 +1,7 @@
 """Photographs: CelebA in its own layout, and any folder of images."""
 
 from contextlib import closing
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -28,13 +28,11 @@ def celeba(root: Path, split: str, size: int | None, cache: Path | None) -> Data
 
     Source: Liu, Luo, Wang & Tang 2015, "Deep Learning Face Attributes in the Wild".
     """
-    if not root.exists():
-        raise missing("celeba", "such folder or archive", root)
-    with closing(Files(place(root, *_PLACES))) as files:
-        lists = {PurePosixPath(n).name: n for n in files.names() if n.endswith(".txt")}
+    with closing(Files("celeba", place(root, *_PLACES))) as files:
+        lists = {n.split("/")[-1]: n for n in files.names() if n.endswith(".txt")}
         if _PARTITION not in lists:
             raise missing("celeba", _PARTITION, root, *_PLACES)
-        partition = _partition(files.read(lists[_PARTITION]).decode())
+        partition = _partition(files.read(lists[_PARTITION]).decode(errors="replace"))
         codes = [("train", "valid", "test").index(name) for name in split.split("+")]
         wanted = sorted(file for file, code in partition.items() if code in codes)
         if not wanted:
@@ -42,12 +40,12 @@ def celeba(root: Path, split: str, size: int | None, cache: Path | None) -> Data
         names: tuple[str, ...] = ()
         attributes = None
         if _ATTRIBUTES in lists:
-            names, attributes = _attributes(files.read(lists[_ATTRIBUTES]).decode(), wanted)
-        archive = next((n for n in files.names() if PurePosixPath(n).name == _ARCHIVE), None)
+            names, attributes = _attributes(files.read(lists[_ATTRIBUTES]).decode(errors="replace"), wanted)
+        archive = next((n for n in files.names() if n.split("/")[-1] == _ARCHIVE), None)
         if archive is None or not files.path.is_dir() or _by_name(files):
             x = _faces(files, wanted, split, size, cache)
         else:
-            with closing(Files(files.path / archive)) as faces:
+            with closing(Files("celeba", files.path / archive)) as faces:
                 x = _faces(faces, wanted, split, size, cache)
     extra = {"files": tuple(wanted)}
     return Dataset("celeba", x, attributes=attributes, attribute_names=names, extra=extra)
@@ -61,13 +59,14 @@ def _faces(files: Files, wanted: list[str], split: str, size: int | None, cache:
             f"celeba: {files.path} has no {_FACES}/{absent[0]}, and {len(absent) - 1:,} more of the "
             f"{len(wanted):,} images of the split {split!r} are missing"
         )
-    options = {"size": size, "side": face_side, "mode": "RGB", "folder": cache}
-    return decoded("celeba", files, [where[file] for file in wanted], split, **options)
+    members = [where[file] for file in wanted]
+    return decoded("celeba", files, members, split, size=size, side=face_side, mode="RGB", folder=cache)
 
 
 def _by_name(files: Files) -> dict[str, str]:
     # CelebA's uncropped images, where someone has them too, have the same names in another folder.
-    return {PurePosixPath(n).name: n for n in files.names() if PurePosixPath(n).parent.name == _FACES}
+    parts = ((name, name.split("/")) for name in files.names())
+    return {file: name for name, (*folders, file) in parts if folders[-1:] == [_FACES]}
 
 
 def face_side(width: int, height: int) -> int:
@@ -98,18 +97,23 @@ def _attributes(text: str, wanted: list[str]) -> tuple[tuple[str, ...], np.ndarr
     names = tuple(lines[1].split()) if len(lines) > 1 else ()
     if len(names) != 40:
         raise ValueError(f"celeba: {_ATTRIBUTES}, line 2: 40 names are expected, got {len(names)}")
-    rows = {}
+    rows = {file: row for row, file in enumerate(wanted)}
+    table = np.zeros((len(wanted), 40), bool)
+    absent = dict.fromkeys(wanted)
     for number, line in enumerate(lines[2:], 3):
-        file, *values = line.split()
-        if len(values) != 40 or not set(values) <= {"1", "-1"}:
+        file, *values = line.split() or [""]
+        if len(values) != 40 or values.count("1") + values.count("-1") != 40:
             raise ValueError(
                 f"celeba: {_ATTRIBUTES}, line {number}: a file and 40 of 1 or -1 are expected, got {line!r}"
             )
-        rows[file] = values
-    absent = [file for file in wanted if file not in rows]
+        if file in rows:
+            table[rows[file]] = [value == "1" for value in values]
+            absent.pop(file, None)
     if absent:
-        raise ValueError(f"celeba: {_ATTRIBUTES} has no line of {absent[0]}, and of {len(absent) - 1:,} more")
-    return names, np.array([[value == "1" for value in rows[file]] for file in wanted])
+        raise ValueError(
+            f"celeba: {_ATTRIBUTES} has no line of {next(iter(absent))}, and of {len(absent) - 1:,} more"
+        )
+    return names, table
 
 
 def images(root: Path, split: str, size: int | None, seed: int, cache: Path | None) -> Dataset:
@@ -118,10 +122,8 @@ def images(root: Path, split: str, size: int | None, seed: int, cache: Path | No
 
     With a size, the middle square of each is resampled to it.
     """
-    if not root.exists():
-        raise missing("images", "such folder or archive", root)
-    with closing(Files(root)) as files:
-        found = sorted(n for n in files.names() if PurePosixPath(n).suffix.lower() in _SUFFIXES)
+    with closing(Files("images", root)) as files:
+        found = sorted(name for name in files.names() if name.lower().endswith(_SUFFIXES))
         if not found:
             raise ValueError(f"images: {root} has no image: {', '.join(_SUFFIXES)}")
         tenth = len(found) // 10
@@ -130,8 +132,8 @@ def images(root: Path, split: str, size: int | None, seed: int, cache: Path | No
             raise ValueError(
                 f"images: {root} has no image of the split {split!r}: it has {len(found)} in all"
             )
-        options = {"size": size, "side": shorter_side, "folder": cache}
-        x = decoded("images", files, chosen, f"{split}-seed-{seed}", **options)
+        named = f"{split}-seed-{seed}"
+        x = decoded("images", files, chosen, named, size=size, side=shorter_side, folder=cache)
     folders = sorted({n.split("/")[0] for n in found})
     extra = {"files": tuple(chosen)}
     if not all("/" in n for n in found):
