@@ -120,7 +120,9 @@ def test_rankings():
     assert "mse" not in result
 
 
-def test_data_that_does_not_fit(digits):
+def test_what_does_not_apply(digits):
+    with pytest.raises(ValueError, match="MLPAutoencoder has no likelihood: nll_samples must be 0, got 5"):
+        evaluate.evaluate(make("ae-mlp", **SMALL, latent=4), digits, nll_samples=5)
     with pytest.raises(ValueError, match=r"samples of \(784,\), those of digits are \(1, 8, 8\)"):
         evaluate.evaluate(make("vae-mlp"), digits)
 

@@ -101,6 +101,10 @@ def evaluate(model: Model, data: Dataset, *, popularity: Tensor | None = None, n
         By the names of `MEANING`: floats and counts, of levels of codes with the level after the name, of
         rankings with @k; and kl_dim, the KL of each latent dimension in nats, a list.
     """
+    if nll_samples and not hasattr(model, "log_weights"):
+        raise ValueError(
+            f"{type(model).__name__} has no likelihood: nll_samples must be 0, got {nll_samples}"
+        )
     noise = torch.tensor([seed, 0], device=device)
     found: Found = defaultdict(list)
     monitor: PosteriorMonitor | None = None
@@ -126,7 +130,7 @@ def evaluate(model: Model, data: Dataset, *, popularity: Tensor | None = None, n
                 _rank(found, "popularity_", popularity.to(device).expand_as(x).float(), x, held)
         elif hasattr(model, "reconstruct"):
             _compare(found, model.reconstruct(x, label), x, model.input_range, tuple(data.x.shape[1:]))
-        if nll_samples and hasattr(model, "log_weights"):
+        if nll_samples:
             found["iwae_nll"].append(_nll(model, x, label, nll_samples, rng.fold_in(noise, row)))
     result: dict[str, Any] = {name: float(torch.cat(v).cpu().double().mean()) for name, v in found.items()}
     if monitor is not None:
@@ -313,13 +317,14 @@ def main(argv: Sequence[str]) -> int:
         popularity = torch.as_tensor(_split(name, "train", args, model, config).x).sum(0)
     model = model.to(args.device)
     options = {"batch": args.batch, "device": args.device}
-    result = evaluate(model, data, popularity=popularity, nll_samples=args.nll_samples, seed=args.seed,
-                      **options)  # fmt: skip
+    asked = {}  # first, since what was asked for and does not apply raises
     if args.outliers:
         others = _split(args.outliers, args.split, args, model, config)
-        result["auroc"] = metrics.auroc(errors(model, data, **options), errors(model, others, **options))
+        asked["auroc"] = metrics.auroc(errors(model, data, **options), errors(model, others, **options))
     if args.extractor:
-        result["frechet"] = _frechet(model, data, args)
+        asked["frechet"] = _frechet(model, data, args)
+    result = asked | evaluate(model, data, popularity=popularity, nll_samples=args.nll_samples,
+                              seed=args.seed, **options)  # fmt: skip
     header = {"model": model.preset, "loaded": loaded, "data": name, "split": args.split,
               "samples": len(data)}  # fmt: skip
     if args.json:
