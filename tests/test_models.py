@@ -242,9 +242,7 @@ def test_a_cost_of_the_code_empties_it():
             optimizer.zero_grad()
             total(model, losses).backward()
             optimizer.step()
-        torch.testing.assert_close(
-            losses["sparsity"], model.encode(x).abs().mean(), rtol=0.2, atol=1e-3
-        )
+        torch.testing.assert_close(losses["sparsity"], model.encode(x).abs().mean(), rtol=0.2, atol=1e-3)
         zeros.append(float(monitors["zeros"]))
     assert zeros[1] > zeros[0] + 0.2
 
