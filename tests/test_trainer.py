@@ -378,6 +378,8 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(["train", "--resume", str(moved), "steps=8"]) == 0 and not out.exists()
     for arguments, message in (
         (["--resume", str(moved), "lr=1"], "other settings: lr: 0.02 became 1.0"),
+        (["vae-conv", "--resume", str(moved)], "other settings: preset: 'tiny-2d' became 'vae-conv'"),
+        (["--resume", str(moved), "model.latent=3"], "other settings: model: {'hidden': [8]} became"),
         (["tiny-2dd"], "tiny-2d"),
         (["tiny-2d", "--data", "point"], "points"),
         (["tiny-2d", "model.latnt=3"], "latent"),
