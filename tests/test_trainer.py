@@ -52,7 +52,7 @@ def test_settings_are_typed_and_begin_at_the_preset():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["bach=1"], r"unknown setting 'bach': did you mean batch\?"),
+        (["epochss=1"], r"unknown setting 'epochss': did you mean epochs\?"),
         (["lr"], r"settings are key=value, got 'lr'"),
         (["lr=fast"], r"lr must be float, got 'fast'"),
         (["batch=1.5"], r"batch must be int, got '1\.5'"),
@@ -286,23 +286,9 @@ def test_a_parameter_that_is_not_finite_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_say_where(tmp_path, number):
-    class Interrupts(MLPVAE):
-        calls = 0
-
-        def terms(self, *args, **options):
-            self.calls += 1
-            if self.calls == 3:
-                os.kill(os.getpid(), number)
-            return super().terms(*args, **options)
-
-    def interrupted():
-        model = case.vae()
-        model.__class__ = Interrupts
-        return model
-
     before = signal.getsignal(number)
     with pytest.raises(loop.Interrupted, match=r"stopped after step 3; saved .*step-000000003\.pt") as stop:
-        run(tmp_path / "a", interrupted)
+        run(tmp_path / "a", lambda: case.interrupted(3, number))
     assert stop.value.signal == number and signal.getsignal(number) is before
     resumed = run(tmp_path / "a", resume=tmp_path / "a")
     assert_equal(case.weights(resumed), case.weights(run(tmp_path / "b")))
@@ -392,10 +378,12 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(["train", "--resume", str(moved), "steps=8"]) == 0 and not out.exists()
     for arguments, message in (
         (["--resume", str(moved), "lr=1"], "other settings: lr: 0.02 became 1.0"),
+        (["vae-conv", "--resume", str(moved)], "other settings: preset: 'tiny-2d' became 'vae-conv'"),
+        (["--resume", str(moved), "model.latent=3"], "other settings: model: {'hidden': [8]} became"),
         (["tiny-2dd"], "tiny-2d"),
         (["tiny-2d", "--data", "point"], "points"),
         (["tiny-2d", "model.latnt=3"], "latent"),
-        (["tiny-2d", "bach=3"], "did you mean batch?"),
+        (["tiny-2d", "bach=3"], "did you mean batch"),
         (["vae-mlp", "--root", str(tmp_path)], "there is no train-images-idx3-ubyte"),
         (["--resume", str(tmp_path / "nothing")], "there is no checkpoint"),
         ([], "preset is missing"),

@@ -53,6 +53,12 @@ def test_two_processes_train_what_one_does(results, name, tmp_path):
     assert len(checkpoint.found(path / name / "checkpoints")) == 1
 
 
+def test_a_signal_to_one_process_stops_all_at_the_next_line_of_the_log(results):
+    path, ranks = results
+    assert ranks[0]["stop"] == ranks[1]["stop"] and ranks[0]["stop"].startswith("stopped after step 4; saved")
+    assert checkpoint.load(path / "stop")["step"] == 4
+
+
 @pytest.mark.slow
 def test_torchrun_trains_and_resumes(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",

@@ -20,7 +20,7 @@ from vaeops.nn import VectorQuantize
 from vaeops.train import checkpoint
 from vaeops.train.config import Config
 from vaeops.train.data import Dataset
-from vaeops.train.loop import train
+from vaeops.train.loop import Interrupted, train
 
 SMALL = {"preset": "small", "epochs": None, "steps": 6, "batch": 16, "lr": 1e-2, "log_every": 2,
          "grid_every": 0}  # fmt: skip
@@ -54,6 +54,23 @@ def vae():
 def vq():
     torch.manual_seed(0)
     return SmallVQ()
+
+
+def interrupted(at, number=signal.SIGTERM):
+    """A model that sends its own process a signal in its at-th call."""
+
+    class Interrupts(MLPVAE):
+        calls = 0
+
+        def terms(self, *args, **options):
+            self.calls += 1
+            if self.calls == at:
+                os.kill(os.getpid(), number)
+            return super().terms(*args, **options)
+
+    model = vae()
+    model.__class__ = Interrupts
+    return model
 
 
 def dataset(n=64):
@@ -163,6 +180,10 @@ def _rank(rank, path):
     for name, (model, changes) in DISTRIBUTED.items():
         result = train(small(Path(path) / name, **changes), model=model(), dataset=dataset())
         results[name] = weights(result), result.record
+    try:
+        train(small(Path(path) / "stop"), model=interrupted(3 if rank else 0), dataset=dataset())
+    except Interrupted as stop:
+        results["stop"] = str(stop)
     torch.save(results, f"{path}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -25,9 +25,9 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OSError: what the system says, with the path; the file that was there before stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             yield file
             file.flush()

@@ -26,6 +26,7 @@ class Config:
     preset: str  # reference model, of vaeops.models.presets()
     data: str = "digits"  # data set, of vaeops.train.data.names()
     root: str | None = None  # folder of the data sets; None: as vaeops.train.data.load finds it
+    cache: str | None = None  # folder of decoded images; None: beside them
     split: str = "train"  # or "train+valid", and what else vaeops.train.data.load takes
     size: int | None = None  # side of the images; None: the model's
     split_seed: int = 0  # of data sets that come without a split
@@ -130,8 +131,8 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # A run may be resumed with another value of these: what is learned does not follow from them.
-MAY_CHANGE = ("root", "vgg", "steps", "epochs", "log_every", "grid_every", "checkpoint_every", "keep",
-              "tensorboard", "out", "device")  # fmt: skip
+MAY_CHANGE = ("root", "cache", "vgg", "steps", "epochs", "log_every", "grid_every", "checkpoint_every",
+              "keep", "tensorboard", "out", "device")  # fmt: skip
 
 
 def make(preset: str, **changes: Any) -> Config:

@@ -75,7 +75,7 @@ def train(config: Config, resume: str | Path | None = None, *, model: Any = None
     Args:
         config: of `vaeops.train.config.make` or `parse`.
         resume: a checkpoint, or the folder of a run, to go on from: on a CPU to the same bits as without
-            the stop.
+            the stop. What `config` may then change is `vaeops.train.config.MAY_CHANGE`.
         model: in place of `config.preset`: any module with the reference models' `terms`, `weights`,
             `input_shape`, `input_range` and `classes`.
         dataset: in place of `config.data`.
@@ -86,12 +86,22 @@ def train(config: Config, resume: str | Path | None = None, *, model: Any = None
         Interrupted: Ctrl-C or SIGTERM came, and the state was saved.
         OSError: something could not be written. The last checkpoint stays.
     """
-    with machine.processes(config.device) as place, machine.repeatable(config.deterministic), \
-            machine.stop_requests() as stops:  # fmt: skip
+    state = None if resume is None else checkpoint.load(resume)
+    if state is not None:  # but for the model's arguments, which the data complete
+        _check_same(state["config"], dataclasses.replace(config, model=state["config"]["model"]))
+    with machine.processes(config.device) as place, machine.repeatable(config.deterministic):
         trainer = _Trainer(config, place, model, dataset)
-        if resume is not None:
-            trainer.restore(checkpoint.load(resume))
-        return trainer.run(stops, fresh=resume is None)
+        if state is not None:
+            _check_same(state["config"], trainer.config)
+            trainer.restore(state)
+        with machine.stop_requests() as stops:
+            return trainer.run(stops, fresh=state is None)
+
+
+def _check_same(old: dict[str, Any], new: Config) -> None:
+    changes = differences(old, new)
+    if changes:
+        raise ValueError("the checkpoint is of a run with other settings: " + "; ".join(changes))
 
 
 class _Terms(nn.Module):
@@ -340,9 +350,6 @@ class _Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        changes = differences(state["config"], self.config)
-        if changes:
-            raise ValueError("the checkpoint is of a run with other settings: " + "; ".join(changes))
         for name, module in (("model", self.model), ("ema", self.ema)):
             try:
                 if module is not None:

@@ -41,13 +41,13 @@ def processes(device: str | None) -> Iterator[Place]:
     found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: torch finds no GPU, got {device!r}")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    ours = not (dist.is_available() and dist.is_initialized())
+    if ours and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Place(found)
         return
     if found.type == "cuda":
-        found = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(found)
-    ours = not dist.is_initialized()
     if ours:
         dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
     try:

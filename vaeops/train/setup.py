@@ -72,7 +72,8 @@ def _load(config: Config, place: Place, model: Any) -> data.Dataset:
         size = model.input_shape[-1]
 
     def read() -> data.Dataset:
-        return data.load(config.data, config.root, split=config.split, size=size, seed=config.split_seed)
+        return data.load(config.data, config.root, split=config.split, size=size, seed=config.split_seed,
+                         cache=config.cache)  # fmt: skip
 
     if place.rank:
         place.any(False)  # the first process fills the cache of decoded images
