@@ -29,8 +29,8 @@ test-all: $(BUILT)
 .venv/ready: constraints.txt pyproject.toml
 	test -x .venv/bin/python || python3 -m venv .venv
 	$(PIP) install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch triton numpy setuptools \
-	  ninja pybind11 pytest pytest-benchmark hypothesis scikit-learn scipy matplotlib pillow tqdm safetensors ruff mypy \
-	  clang-format vector-quantize-pytorch diffusers
+	  ninja pybind11 pytest pytest-benchmark hypothesis scikit-learn scipy matplotlib pillow tqdm safetensors torchmetrics \
+	  ruff mypy clang-format vector-quantize-pytorch diffusers
 	$(PIP) install -q --no-deps -c constraints.txt lpips
 	$(PIP) install -q --no-deps -c constraints.txt --upgrade --target .venv/peers torchvision
 	touch $@

@@ -295,7 +295,8 @@ def test_batches_refuse():
 
 def test_train_command_on_digits(tmp_path, capsys):
     steps = str(workshop_vq.TAIL)
-    assert cli.main(["train", "workshop-vq", "--steps", steps, "--codes", "7", "--out", str(tmp_path)]) == 0
+    options = ["--steps", steps, "--codes", "7", "--out", str(tmp_path)]
+    assert cli.main(["experiment", "workshop-vq", *options]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"recon 0\.\d+ +perplexity \d+\.\d +codes used \d of 7 +purity [01]\.\d+", printed)
     for name in workshop_vq.PICTURES:
@@ -303,9 +304,9 @@ def test_train_command_on_digits(tmp_path, capsys):
 
 
 def test_train_command_refuses(tmp_path, capsys):
-    assert cli.main(["train", "nothing"]) == 2
+    assert cli.main(["experiment", "nothing"]) == 2
     with pytest.raises(SystemExit):
-        cli.main(["train", "workshop-vq", "--data", "mnist", "--root", str(tmp_path)])
+        cli.main(["experiment", "workshop-vq", "--data", "mnist", "--root", str(tmp_path)])
     assert "there is no train-images-idx3-ubyte.gz" in capsys.readouterr().err
 
 

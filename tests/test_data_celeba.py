@@ -390,7 +390,7 @@ def test_processes_name_a_damaged_image(faces, monkeypatch):
 def test_train_command_on_faces(tmp_path, capsys):
     write(celeba_files([(64, 64)] * 8), tmp_path)
     options = ["--steps", str(workshop_celeba.TAIL), "--batch", "2", "--lr", "1e-5", "--out", str(tmp_path)]
-    assert cli.main(["train", "workshop-celeba", "--data", str(tmp_path), *options]) == 0
+    assert cli.main(["experiment", "workshop-celeba", "--data", str(tmp_path), *options]) == 0
     printed = capsys.readouterr().out
     for arm in workshop_celeba.ARMS:
         assert re.search(rf"^{arm} +loss +\d+\.\d+ -> +\d+\.\d+ +\d+\.\d images/s", printed, re.M)
@@ -401,9 +401,9 @@ def test_train_command_on_faces(tmp_path, capsys):
 
 def test_train_command_refuses(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["train", "workshop-celeba", "--data", str(tmp_path / "celeba.tar")])
+        cli.main(["experiment", "workshop-celeba", "--data", str(tmp_path / "celeba.tar")])
     assert "there is no" in capsys.readouterr().err
     write(celeba_files([(6, 4)] * 3), tmp_path)
     with pytest.raises(SystemExit):
-        cli.main(["train", "workshop-celeba", "--data", str(tmp_path)])
+        cli.main(["experiment", "workshop-celeba", "--data", str(tmp_path)])
     assert "000000.jpg is 6x4; 178x218 or square images are taken" in capsys.readouterr().err

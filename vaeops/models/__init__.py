@@ -25,7 +25,10 @@ from .conv import (
     ConvVAE as ConvVAE,
     ConvVAESmall as ConvVAESmall,
 )
+from .diffusion import TinyDDPM as TinyDDPM
 from .presets import create as create, load as load, presets as presets, save as save
+from .prior import CodePrior as CodePrior, decode_codes as decode_codes, encode_dataset as encode_dataset
 from .protocol import Terms as Terms
+from .recommend import MultVAE as MultVAE, MultVAEOutput as MultVAEOutput
 from .vae import MLPVAE as MLPVAE, VAE as VAE, VAEOutput as VAEOutput, WorkshopVAE as WorkshopVAE
-from .vq import MLPVQVAE as MLPVQVAE, VQVAEOutput as VQVAEOutput
+from .vq import MLPVQVAE as MLPVQVAE, VQVAE as VQVAE, VQVAE2 as VQVAE2, VQVAEOutput as VQVAEOutput

@@ -16,8 +16,11 @@ from torch import nn
 
 from .ae import ConvAutoencoder, DenoisingAutoencoder, MLPAutoencoder, SparseAutoencoder
 from .conv import CelebAVAE, CelebAVAEXL, ConvVAE, ConvVAESmall
+from .diffusion import TinyDDPM
+from .prior import CodePrior
+from .recommend import MultVAE
 from .vae import MLPVAE, WorkshopVAE
-from .vq import MLPVQVAE
+from .vq import MLPVQVAE, VQVAE, VQVAE2
 
 PRESETS: dict[str, partial[Any]] = {
     "tiny-2d": partial(
@@ -38,6 +41,11 @@ PRESETS: dict[str, partial[Any]] = {
     "workshop-vq": partial(MLPVQVAE, in_dim=784, hidden=(512,), dim=256, codes=32),
     "celeba-vae": partial(CelebAVAE),
     "celeba-vae-xl": partial(CelebAVAEXL),
+    "vq-vae": partial(VQVAE),
+    "vq-vae-2": partial(VQVAE2),
+    "code-prior": partial(CodePrior),
+    "mult-vae": partial(MultVAE, items=1682),
+    "ddpm-tiny": partial(TinyDDPM),
 }
 
 

@@ -1,4 +1,4 @@
-"""`vaeops train workshop-celeba`: the workshop's VAE of faces, with and without a perceptual loss.
+"""`vaeops experiment workshop-celeba`: the workshop's VAE of faces, with and without a perceptual loss.
 
 The same training three times, from the same weights, batches and noise: the pixels' L1 alone; plus a
 perceptual loss by hooks on a whole VGG, as the workshop writes it; plus that loss by
@@ -128,7 +128,7 @@ def read(source: Path, split: str, cache: Path | None) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="vaeops train workshop-celeba", description=__doc__,
+    parser = argparse.ArgumentParser(prog="vaeops experiment workshop-celeba", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--data", type=Path, default=Path("data/celeba_64.tar"),

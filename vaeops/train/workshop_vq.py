@@ -1,4 +1,4 @@
-"""`vaeops train workshop-vq`: a VQ-VAE that gives each image of a digit one code.
+"""`vaeops experiment workshop-vq`: a VQ-VAE that gives each image of a digit one code.
 
 The experiment of a 2020 workshop: if the codebook has about as many codes as there are digits, does each code
 become a digit? It writes the decoded codebook and the table of codes against digits, and prints how far it
@@ -73,7 +73,7 @@ def train(images: Tensor, *, codes: int, dim: int, hidden: Sequence[int], commit
 def codes_by_label(model: MLPVQVAE, images: Tensor, labels: Tensor) -> Tensor:
     """How many images of each label have each code: int64 [codes, 10]."""
     codes = model.codebook.shape[0]
-    indices = model(images.flatten(1)).indices
+    indices = model.encode(images.flatten(1))
     return torch.bincount(indices * 10 + labels, minlength=codes * 10).view(codes, 10)
 
 
@@ -85,7 +85,7 @@ def draw(out: Path, model: MLPVQVAE, table: Tensor, side: int) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     order = sorted(range(len(table)), key=lambda k: (int(table[k].sum()) == 0, int(table[k].argmax()), k))
-    decoded = model.decode(model.codebook)[order].unflatten(1, (side, side)).numpy()
+    decoded = model.decode(torch.tensor(order)).unflatten(1, (side, side)).numpy()
     used = [k for k in order if int(table[k].sum()) > 0]
     unused = len(order) - len(used)
     title = "What each code decodes to" + (f" (the last {unused} are not in use)" if unused else "")
@@ -109,7 +109,7 @@ def read(name: str, root: Path | None, split: str, seed: int) -> tuple[Tensor, T
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="vaeops train workshop-vq", description=__doc__,
+    parser = argparse.ArgumentParser(prog="vaeops experiment workshop-vq", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--data", choices=("mnist", "digits"), default="digits", help="digits ships inside scikit-learn")

@@ -1,0 +1,127 @@
+"""Checkpoints: the whole state of a training in a file that is either complete or not there."""
+
+import io
+import os
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+FORMAT = 1  # of the state; what reads it raises on any other
+_NAME = re.compile(r"step-(\d{9})\.pt")
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes its name only when it is complete and on the disk.
+
+    A process that is killed at any point leaves the file that was there before.
+
+    Raises:
+        OSError: what the system says, with the path; the file that was there before stays.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def name(step: int) -> str:
+    return f"step-{step:09d}.pt"
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first."""
+    return sorted(path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
+
+
+def later(folder: Path, step: int) -> list[Path]:
+    """The checkpoints in a folder of a later step."""
+    return [path for path in found(folder) if path.name > name(step)]
+
+
+def save(path: Path, state: dict[str, Any], keep: int) -> None:
+    """Write the state, then remove all but the newest `keep` checkpoints beside it."""
+    content = io.BytesIO()  # torch.save into a file hides why the disk refused
+    torch.save({"format": FORMAT, **state}, content)
+    with atomic(path) as file:
+        file.write(content.getbuffer())
+    for old in found(path.parent)[:-keep]:
+        old.unlink()
+
+
+def load(path: Path | str) -> dict[str, Any]:
+    """A checkpoint's state, on the CPU, without running code from the file.
+
+    Args:
+        path: of the file, or the folder of a run, whose newest checkpoint is then taken.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is no checkpoint of a training, or of another version's format.
+    """
+    path = resolve(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged or foreign file fails in many ways
+        raise ValueError(f"{path} is no checkpoint of vaeops train, or is damaged") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError(f"{path} is no checkpoint of vaeops train")
+    if state["format"] != FORMAT:
+        raise ValueError(f"{path} has format {state['format']} (vaeops {state['versions']['vaeops']}), "
+                         f"this vaeops reads format {FORMAT}")  # fmt: skip
+    return state
+
+
+def resolve(path: Path | str) -> Path:
+    """The file that a path means."""
+    path = Path(path)
+    if path.is_dir():
+        checkpoints = found(path / "checkpoints") or found(path)
+        if not checkpoints:
+            raise FileNotFoundError(f"there is no checkpoint in {path}")
+        return checkpoints[-1]
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    return path
+
+
+def random_states() -> dict[str, Any]:
+    """The states of every global generator, of types that load without pickled code."""
+    kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(place), int(has_gauss),
+                  float(gauss)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }  # fmt: skip
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
