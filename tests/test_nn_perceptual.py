@@ -1,4 +1,4 @@
-"""Perceptual losses as layers: against torchvision's nets and formulas spelt out; their life in a model."""
+"""Perceptual losses as layers: against formulas spelt out; their life in a model."""
 
 import copy
 import os
@@ -17,9 +17,8 @@ import vaeops
 from bench import peers
 from vaeops import Term, VGGTrunk
 from vaeops.nn import LPIPS, PerceptualLoss, StyleLoss
-from vaeops.ref.perceptual import ARCHS, tap_codes
+from vaeops.ref.perceptual import tap_codes
 
-ALL = [*ARCHS, *(f"{arch}_bn" for arch in ARCHS)]
 TAPS = ("relu1_1", "conv2_1", "pool2")
 FLIPS = 1e-2  # a ReLU that rounding flips moves the gradient of a small image by about 2e-3
 
@@ -62,73 +61,6 @@ def plain(sequential):
     for layer in sequential:
         layer.inplace = False
     return sequential
-
-
-# ---- the nets
-
-
-@pytest.fixture(scope="module")
-def torchvision_net():
-    try:
-        vgg = peers.torchvision().models.vgg
-    except ImportError as error:
-        pytest.skip(str(error))
-    configurations = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}
-
-    def make(arch):
-        net = vgg.make_layers(vgg.cfgs[configurations[arch.removesuffix("_bn")]], arch.endswith("_bn"))
-        for layer in net:
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight)
-                nn.init.normal_(layer.bias, std=0.1)
-            elif isinstance(layer, nn.BatchNorm2d):
-                for tensor in (layer.weight, layer.running_var):
-                    nn.init.uniform_(tensor, 0.5, 1.5)
-                for tensor in (layer.bias, layer.running_mean):
-                    nn.init.normal_(tensor, std=0.2)
-        return net.eval().requires_grad_(False)
-
-    return make
-
-
-@pytest.mark.parametrize("arch", ALL)
-def test_every_index_is_torchvisions_layer(torchvision_net, arch):
-    """With plain ReLUs index i is the output of features[i]; in-place ones make a hook see i + 1."""
-    net, (x, _) = torchvision_net(arch), images(1, 32, 40)
-    ours = VGGTrunk.from_state_dict({f"features.{k}": v for k, v in net.state_dict().items()}, arch)
-    indices = [i for i, code in tap_codes(arch).items() if isinstance(i, int) and code is not None]
-    folded = [i for i, layer in enumerate(net) if arch.endswith("_bn") and isinstance(layer, nn.Conv2d)]
-    assert sorted(indices + folded) == list(range(len(net)))
-    found = ours.features(x, indices)
-    wanted = maps_of(plain(net), normalized(x), indices)
-    for i, one, other in zip(indices, found, wanted):
-        assert relative(one, other) < 1e-5, i
-    weights = [torch.randn_like(m) / m.detach().norm() for m in wanted]
-    losses = [sum((w * m).sum() for w, m in zip(weights, ms)) for ms in (found, wanted)]
-    assert relative(*(torch.autograd.grad(loss, x)[0] for loss in losses)) < FLIPS
-
-    seen = {}
-    for i in indices:
-        net[i].register_forward_hook(lambda _, __, output, i=i: seen.update({i: output}))
-    for layer in net:
-        layer.inplace = True
-    net(normalized(x.detach()))
-    moved = {i: i + 1 if tap_codes(arch)[i] % 2 == 0 else i for i in indices}
-    at = dict(zip(indices, found))
-    for i in indices:
-        assert relative(at[moved[i]], seen[i]) < 1e-5, i
-    assert any(relative(at[i], seen[i]) > 0.1 for i in indices)
-
-
-@pytest.mark.parametrize("arch", ["vgg13", "vgg11_bn"])
-def test_the_rival_is_torchvisions_net(torchvision_net, arch):
-    net = torchvision_net(arch)
-    ours = VGGTrunk.from_state_dict(net.state_dict(), arch).sequential()
-    assert str(ours) == str(net)
-    for (name, one), (other_name, other) in zip(
-        ours.state_dict().items(), net.state_dict().items(), strict=True
-    ):
-        assert name == other_name and torch.equal(one, other)
 
 
 # ---- losses
