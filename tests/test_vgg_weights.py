@@ -1,4 +1,4 @@
-"""Where a trunk's weights come from: dicts and files of torchvision's, Keras' and NumPy's names, all strictly."""
+"""Where a trunk's weights come from: dicts and files of torchvision's, Keras' and NumPy's names, strictly."""
 
 import hashlib
 import logging

@@ -237,7 +237,8 @@ def distance_bwd(grad: Tensor, a: Tensor, b: Tensor, lin: Tensor | None, kind: i
         ga, gb = _through_units(g, a, *units_a), _through_units(-g, b, *units_b)
     else:
         d = a - b
-        ga = w * (2 * d if kind == 0 else d.sign() if kind == 1 else d.clamp(-1, 1))
+        sign = torch.where(d.isnan(), d, d.sign())
+        ga = w * (2 * d if kind == 0 else sign if kind == 1 else d.clamp(-1, 1))
         gb = -ga
     return ga.to(types[0]), gb.to(types[1])
 
