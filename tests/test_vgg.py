@@ -7,12 +7,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import isas
 from perceptual_case import gradient, images, normalized, relative, state_dict, stored, trunk
 from torch import nn
 
 import vaeops
 from bench import peers
-from vaeops import VGGTrunk
+from vaeops import VGGTrunk, _native
 from vaeops.ref import perceptual as ref
 
 ARCHS = [name + suffix for name in ref.ARCHS for suffix in ("", "_bn")]
@@ -187,7 +188,20 @@ def test_it_moves():
     net = VGGTrunk("vgg11", stored("vgg11")).prepare(TAPS)
     assert net.double().dtype is torch.float64 and not net._packs and net.device.type == "cpu"
     assert net.float().dtype is torch.float32 and net.checksum == trunk().checksum
+    packs = net.prepare(TAPS)._packs
+    assert net.to("cpu")._packs is packs and packs  # it was there
     assert net.to("meta").device.type == "meta" and stored("vgg11")[0].device.type == "cpu"
+
+
+def test_a_parent_that_is_emptied_does_not_take_the_weights_with_it():
+    """`to_empty` expects a checkpoint to fill what it made, and the trunk is in none."""
+    model, (x, target) = Model(), images(1, 8, 8)
+    model.to_empty(device="cpu")
+    want = vaeops.perceptual_loss(x, target, trunk(), taps=TAPS)
+    assert torch.equal(vaeops.perceptual_loss(x, target, model.trunk, taps=TAPS), want)
+    loss = vaeops.nn.LPIPS(model.trunk, [torch.rand(64)], taps=TAPS[:1])
+    want = loss(x, target)
+    assert torch.equal(loss.to_empty(device="cpu")(x, target), want)
 
 
 def test_copies_share_the_weights():
@@ -221,6 +235,53 @@ def test_each_depth_is_packed_once():
         vaeops.perceptual_loss(x, target, net, taps=taps)
         net.features(x, taps)
     assert len(net._packs) == 2
+
+
+@pytest.mark.skipif(len(isas()) < 2, reason="needs two instruction sets and _host")
+def test_bf16_is_packed_for_the_instruction_set_in_use():
+    """What AMX multiplies, the others cannot read."""
+    from vaeops import _host
+
+    net, path, (x, target) = (
+        VGGTrunk("vgg11", stored("vgg11"), precision="bf16"),
+        str(_native.path("_ops_cpu")),
+        images(1, 8, 8),
+    )
+    best = _host.isa(path)
+    try:
+        for name in reversed(isas()):
+            _host.set_isa(path, name)
+            fresh = VGGTrunk("vgg11", stored("vgg11"), precision="bf16")
+            want = vaeops.perceptual_loss(x, target, fresh, taps=TAPS)
+            assert torch.equal(vaeops.perceptual_loss(x, target, net, taps=TAPS), want)
+    finally:
+        _host.set_isa(path, best)
+    assert len(net._packs) == len(isas())
+
+
+def test_weights_packed_in_inference_mode_serve_training():
+    net, (x, _) = VGGTrunk("vgg11", stored("vgg11")), images(1, 8, 8)
+    with torch.inference_mode():
+        net.features(x, TAPS)
+    total = lambda x, net=net: sum(m.sum() for m in net.features(x, TAPS))  # noqa: E731
+    assert torch.equal(gradient(total, x)[1], gradient(lambda x: total(x, trunk()), x)[1])
+
+
+def test_an_export_leaves_no_trace():
+    """It packs weights too, but what it has then is no tensor to compute with."""
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk = VGGTrunk("vgg11", stored("vgg11"))
+
+        def forward(self, x, target):
+            return vaeops.perceptual_loss(x, target, self.trunk, taps=TAPS)
+
+    model, pair = Loss(), images(2, 8, 8)
+    exported = torch.export.export(model, pair, strict=False)
+    want = vaeops.perceptual_loss(*pair, trunk(), taps=TAPS)
+    assert torch.equal(model(*pair), want) and relative(exported.module()(*pair), want) < 1e-6
 
 
 def test_target_cache(impl):
