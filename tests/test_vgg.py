@@ -259,14 +259,18 @@ def test_bf16_is_packed_for_the_instruction_set_in_use():
     assert len(net._packs) == len(isas())
 
 
-def test_weights_packed_in_inference_mode_serve_training():
-    net, (x, _) = VGGTrunk("vgg11", stored("vgg11")), images(1, 8, 8)
+def test_what_inference_mode_packed_and_encoded_serves_training():
+    net, (x, target) = VGGTrunk("vgg11", stored("vgg11")), images(1, 8, 8)
     with torch.inference_mode():
         net.features(x, TAPS)
+        cache = net.encode(target, TAPS)
+    lpips = lambda x, to: vaeops.nn.LPIPS(net, None, taps=TAPS)(x, to, per_layer=True)[0]  # noqa: E731
+    assert torch.equal(gradient(lpips, x, cache)[1], gradient(lpips, x, target)[1])
     total = lambda x, net=net: sum(m.sum() for m in net.features(x, TAPS))  # noqa: E731
     assert torch.equal(gradient(total, x)[1], gradient(lambda x: total(x, trunk()), x)[1])
 
 
+@pytest.mark.filterwarnings("error:.*was assigned during export")
 def test_an_export_leaves_no_trace():
     """It packs weights too, but what it has then is no tensor to compute with."""
 

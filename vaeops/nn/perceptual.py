@@ -165,7 +165,8 @@ class LPIPS(PerceptualLoss):
 
     Shapes: [B, 3, H, W] twice -> [B], or [] by reduction; spatial [B, 1, H, W]. per_layer=True returns
     (value, [each tap's part of it]). Spatial and per-layer values run the trunk on both images and keep what
-    `VGGTrunk.features` keeps; the plain value is the fused `vaeops.perceptual_loss`.
+    `VGGTrunk.features` keeps; the plain value is the fused `vaeops.perceptual_loss`, which says how exact the
+    image gradient is in fp32.
 
     Source: Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 2018.
     """

@@ -122,6 +122,7 @@ class VGGTrunk(nn.Module):
         """
         return trunk_features("VGGTrunk.features", self, x, taps, impl)
 
+    @torch.inference_mode(False)  # a graph may keep the maps for backward
     @torch.no_grad()
     def encode(self, x: Tensor, taps: Sequence[str | int], *, impl: str | None = None) -> TargetCache:
         """The maps of a target, kept for several losses; no graph.
