@@ -194,7 +194,7 @@ def perceptual_loss(x: Tensor, target: Tensor | TargetCache, trunk: Any, *,
 
     Args:
         x: [B, 3, H, W], any floating dtype and strides, values in the trunk's input range; or uint8, 0 to 255
-            whatever the range, which has no gradient. H and W are at least 2^(pools before the deepest tap).
+            whatever the range, which has no gradient. H and W are at least 2^(pools down to the deepest tap).
         target: an image of x's size, of any such dtype; or the trunk's `encode` of it.
         trunk: VGGTrunk, on x's device.
         taps: names ("conv3_1" before the ReLU, "relu3_1" after it, "pool3") or indices into torchvision's
