@@ -270,6 +270,16 @@ def test_what_inference_mode_packed_and_encoded_serves_training():
     assert torch.equal(gradient(total, x)[1], gradient(lambda x: total(x, trunk()), x)[1])
 
 
+def test_weights_packed_inside_a_transform_outlive_it():
+    net, (x, target) = VGGTrunk("vgg11", stored("vgg11")), images(1, 8, 8)
+    loss = lambda x: vaeops.perceptual_loss(x, target, net, taps=TAPS)  # noqa: E731
+    want = gradient(vaeops.perceptual_loss, x, target, trunk(), taps=TAPS)[1]
+    for transform in (torch.func.grad(loss), lambda x: torch.func.vmap(torch.func.grad(loss))(x[None])[0]):
+        net._packs.clear()
+        assert relative(transform(x), want) < 1e-6
+        assert net._packs and all(p.data_ptr() for p in net._packs.values())
+
+
 @pytest.mark.filterwarnings("error:.*was assigned during export")
 def test_an_export_leaves_no_trace():
     """It packs weights too, but what it has then is no tensor to compute with."""

@@ -67,6 +67,8 @@ class Cut:
             return self.packs[key]
         with torch.inference_mode(False), torch.no_grad():  # a graph may keep it for backward
             made = PACK[impl](weights, layers, self.algorithm)
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            made = torch.func.debug_unwrap(made)  # it outlives the transform
         if type(made) is Tensor:  # and not what an export calculates with
             self.packs[key] = made
         return made
