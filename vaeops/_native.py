@@ -59,11 +59,14 @@ def empty_cache() -> int:
     return release()
 
 
-@torch.compiler.assume_constant_result
 def isa() -> int | None:
     """Which instruction set the CPU kernels use, as a number; None without them."""
     ask = _isa()
     return None if ask is None else ask()
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo for it.
+isa._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
