@@ -1,4 +1,4 @@
-"""torchvision and the lpips package, to compare with: `peers.torchvision()`, `peers.lpips()`, or ImportError.
+"""torchvision and the lpips package as rivals: `peers.torchvision()`, `peers.lpips()`; or NotInstalled.
 
 A CUDA build of torchvision next to a CPU torch cannot load its operators, and then its import fails because
 two of them have no schema. Defining the schemas first mends that; the networks need none of the operators.
@@ -18,6 +18,10 @@ import torch
 from torch import nn
 
 
+class NotInstalled(ImportError):
+    """The peer is not there at all: one that is there and does not import raises an error of its own."""
+
+
 @functools.cache
 def torchvision():
     folder = Path(sys.prefix) / "peers"
@@ -25,7 +29,7 @@ def torchvision():
         sys.path.append(str(folder))
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
-        raise ImportError("torchvision is not installed")
+        raise NotInstalled("torchvision is not installed")
     try:
         for library in Path(spec.origin).parent.glob("_C*.so"):
             torch.ops.load_library(str(library))
@@ -44,6 +48,8 @@ def _schemas() -> torch.library.Library:
 @functools.cache
 def lpips():
     torchvision()
+    if importlib.util.find_spec("lpips") is None:
+        raise NotInstalled("lpips is not installed")
     return importlib.import_module("lpips")
 
 

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vaeops
-from vaeops import _native
 from vaeops.nn import vgg_weights
 
 # Of vgg11: name -> torchvision's index into `features`.
@@ -24,23 +23,13 @@ def stored(arch: str) -> list[Tensor]:
     return vgg_weights.random(arch, seed=0)
 
 
+def state_dict(arch: str, prefix: str = "features.") -> dict[str, torch.Tensor]:
+    return {prefix + name: w for (name, _), w in zip(vgg_weights.layout(arch), stored(arch))}
+
+
 @lru_cache(maxsize=64)
-def _trunk(isa: str | None, arch: str, **options) -> vaeops.VGGTrunk:
-    return vaeops.VGGTrunk(arch, stored(arch), **options)
-
-
-def _isa(kernels: str) -> str:
-    try:
-        from vaeops import _host
-    except ImportError:
-        return "best"
-    return _host.isa(kernels)
-
-
 def trunk(arch: str = "vgg11", **options) -> vaeops.VGGTrunk:
-    """Made once for each instruction set, since packed weights are of one."""
-    kernels = _native.path("_ops_cpu")
-    return _trunk(kernels and _isa(str(kernels)), arch, **options)
+    return vaeops.VGGTrunk(arch, stored(arch), **options)
 
 
 @lru_cache(maxsize=4)

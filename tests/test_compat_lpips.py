@@ -24,7 +24,7 @@ SIZES = {"vgg": (32, 40), "alex": (64, 70), "squeeze": (48, 41)}
 def package():
     try:
         peers.lpips()
-    except ImportError as error:
+    except peers.NotInstalled as error:
         pytest.skip(str(error))
     return peers.lpips_module
 
@@ -62,9 +62,12 @@ def ours_of(module, **options):
 
 @functools.cache
 def trunk(version):
-    """Ours of the one VGG that `theirs` has, shared by the tests."""
-    normalize = "imagenet" if version == "0.1" else None
-    return VGGTrunk.from_state_dict(weights_of(module_of("vgg", version)), "vgg16", normalize=normalize)
+    """Ours of the one VGG that `theirs` has, shared by the tests. Packing for Winograd takes time: once."""
+    normal = version == "0.1"
+    weights = weights_of(module_of("vgg", version))
+    return VGGTrunk.from_state_dict(
+        weights, "vgg16", normalize="imagenet" if normal else None, winograd=normal
+    )
 
 
 def images(net, count=2, dtype=torch.float32):
@@ -154,7 +157,7 @@ def test_equal_images_are_at_distance_zero(theirs):
 def test_the_packages_checkpoint_loads_and_ours_goes_back(theirs):
     """Net and linear layers; strict both ways, but for the net, which ours does not save."""
     module = theirs("vgg")
-    ours = LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    ours = LPIPS(net="vgg", pnet_rand=True, verbose=False, impl="ref")
     a, b = images("vgg")
     assert relative(ours(a, b), module(a, b)) > 0.01
     assert str(ours.load_state_dict(module.state_dict())) == "<All keys matched successfully>"
@@ -177,7 +180,7 @@ def test_other_nets_load_the_packages_checkpoint(theirs, net):
 
 
 def test_inside_a_model_the_checkpoint_of_a_model_with_the_package_loads(theirs):
-    model = nn.ModuleDict({"loss": LPIPS(net="vgg", pnet_rand=True, verbose=False)})
+    model = nn.ModuleDict({"loss": LPIPS(net="vgg", pnet_rand=True, verbose=False, impl="ref")})
     state = {f"loss.{k}": v for k, v in theirs("vgg").state_dict().items()}
     model.load_state_dict(state)
     a, b = images("vgg")
@@ -216,9 +219,10 @@ def test_files(theirs, tmp_path):
     module = theirs("vgg")
     torch.save(weights_of(module) | {"classifier.0.weight": torch.zeros(1)}, tmp_path / "vgg16.pth")
     a, b = images("vgg")
-    one = LPIPS(net="vgg16", trunk_path=tmp_path / "vgg16.pth", model_path=linear_file(), verbose=False)
+    one = LPIPS(net="vgg16", trunk_path=tmp_path / "vgg16.pth", model_path=linear_file(), verbose=False,
+                impl="ref")  # fmt: skip
     trunk = VGGTrunk.from_file(tmp_path / "vgg16.pth", "vgg16")
-    other = LPIPS(net="vgg", trunk=trunk, verbose=False)
+    other = LPIPS(net="vgg", trunk=trunk, verbose=False, impl="ref")
     assert torch.equal(one(a, b), other(a, b)) and relative(one(a, b), module(a, b)) < 1e-5
     assert other.net is trunk
 
@@ -314,12 +318,12 @@ def test_zero_features_make_no_nan(theirs):
     module = copy.deepcopy(theirs("vgg"))
     for p in module.net.parameters():
         p.data.zero_()
-    weights, (a, b) = weights_of(module), images("vgg")
-    ours = ours_of(module, trunk=weights)
+    trunk, (a, b) = VGGTrunk.from_state_dict(weights_of(module), "vgg16", winograd=False), images("vgg")
+    ours = ours_of(module, trunk=trunk)
     with torch.autograd.detect_anomaly(check_nan=True):
         with pytest.raises(RuntimeError, match="nan"):
             module(a, b).sum().backward()
-        for loss in (ours, ours_of(module, trunk=weights, eval_mode=False, use_dropout=False)):
+        for loss in (ours, ours_of(module, trunk=trunk, eval_mode=False, use_dropout=False)):
             assert not any(g.any() for g in torch.autograd.grad(loss(a, b).sum(), (a, b)))
 
 

@@ -158,4 +158,4 @@ def test_a_convolution_before_its_batch_norm_is_no_tap():
 
 def test_target_cache():
     with pytest.raises(ValueError, match="TargetCache: one map a tap is needed, got 1 maps, 2 taps"):
-        TargetCache([A], ("relu1_1", "relu2_1"))
+        TargetCache([A], ("relu1_1", "relu2_1"), trunk().identity)

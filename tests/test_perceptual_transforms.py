@@ -17,19 +17,23 @@ def loss(x, target, net=None, **kwargs):
     return vaeops.perceptual_loss(x, target, net or trunk(), **({"taps": TAPS} | kwargs))
 
 
-@pytest.fixture(params=["aot_eager", "inductor"])
-def compiler(request):
+BACKENDS = ["aot_eager", "inductor"]
+SLOW_INDUCTOR = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+def compiled(f, backend, **kwargs):
     torch._dynamo.reset()
-    return lambda f, **kwargs: torch.compile(f, fullgraph=True, backend=request.param, **kwargs)
+    return torch.compile(f, fullgraph=True, backend=backend, **kwargs)
 
 
 # ---- compile
 
 
+@pytest.mark.parametrize("backend", SLOW_INDUCTOR)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(compiler, dynamic):
-    net = vaeops.VGGTrunk("vgg11", stored("vgg11")).prepare(TAPS)
-    f = compiler(lambda x, t: loss(x, t, net, reduction="none", kind="smooth_l1"), dynamic=dynamic)
+def test_compile(backend, dynamic):
+    net = trunk().prepare(TAPS)
+    f = compiled(lambda x, t: loss(x, t, net, reduction="none", kind="smooth_l1"), backend, dynamic=dynamic)
     for batch, side in ((2, 16), (3, 16), (5, 21)):
         x, target = images(batch, side, side)
         for a, b in zip(
@@ -38,7 +42,8 @@ def test_compile(compiler, dynamic):
             assert relative(a, b) < 1e-5
 
 
-def test_a_prepared_trunk_is_not_packed_again(compiler):
+@pytest.mark.parametrize("backend", SLOW_INDUCTOR)
+def test_a_prepared_trunk_is_not_packed_again(backend):
     net = vaeops.VGGTrunk("vgg11", stored("vgg11")).prepare(TAPS)
     graphs = []
 
@@ -52,14 +57,15 @@ def test_a_prepared_trunk_is_not_packed_again(compiler):
         str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"
     }
     assert any("perceptual_fwd" in name for name in called) and not any("vgg_pack" in name for name in called)
-    new = vaeops.VGGTrunk("vgg11", stored("vgg11"))
-    f = compiler(lambda x, t: loss(x, t, new))
+    new = vaeops.VGGTrunk("vgg11", stored("vgg11"), precision="bf16")
+    f = compiled(lambda x, t: loss(x, t, new), backend)
     for _ in range(2):
-        assert relative(gradient(f, x, target)[1], gradient(loss, x, target)[1]) < 1e-5
+        assert relative(gradient(f, x, target)[1], gradient(loss, x, target, new)[1]) < 1e-5
 
 
-def test_compiled_features_caches_and_targets(compiler):
-    net = vaeops.VGGTrunk("vgg11", stored("vgg11")).prepare(TAPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_features_caches_and_targets(backend):
+    net = trunk().prepare(TAPS)
     x, target = images(2, 16, 16)
     cache = net.encode(target, TAPS)
 
@@ -72,7 +78,7 @@ def test_compiled_features_caches_and_targets(compiler):
     handed = lambda x: loss(x, cache, net, return_grad=True)[1].square().sum() + x.sum()  # noqa: E731
     reversed_ = lambda x: loss(target, x, net)  # noqa: E731
     for f in (total, both, cached, handed, reversed_):
-        for a, b in zip(gradient(compiler(f), x), gradient(f, x)):
+        for a, b in zip(gradient(compiled(f, backend), x), gradient(f, x)):
             assert relative(a, b) < 1e-5
 
 

@@ -1,22 +1,19 @@
-"""VGGTrunk: torchvision's nets, reading weights, batch norm, and being frozen."""
+"""VGGTrunk: torchvision's nets, batch norm, and being frozen."""
 
 import copy
-import hashlib
 import io
-import logging
 import pickle
-import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from perceptual_case import gradient, images, relative, stored, trunk
+from conftest import isas
+from perceptual_case import gradient, images, normalized, relative, state_dict, stored, trunk
 from torch import nn
 
 import vaeops
-from vaeops import VGGTrunk
-from vaeops.nn import vgg_weights
+from bench import peers
+from vaeops import VGGTrunk, _native
 from vaeops.ref import perceptual as ref
 
 ARCHS = [name + suffix for name in ref.ARCHS for suffix in ("", "_bn")]
@@ -37,32 +34,52 @@ def torchvision_features(arch: str) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def state_dict(arch: str, prefix: str = "features.") -> dict[str, torch.Tensor]:
-    return {prefix + name: w for (name, _), w in zip(vgg_weights.layout(arch), stored(arch))}
-
-
 # ---- torchvision's nets
+
+
+def test_the_copy_is_torchvisions():
+    try:
+        vgg = peers.torchvision().models.vgg
+    except peers.NotInstalled as error:
+        pytest.skip(str(error))
+    letters = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}
+    with torch.device("meta"):
+        for arch in ARCHS:
+            made = vgg.make_layers(vgg.cfgs[letters[arch.removesuffix("_bn")]], arch.endswith("_bn"))
+            assert str(made) == str(torchvision_features(arch))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_layer_of_every_net(arch):
-    """Each output of torchvision's features, in fp64."""
-    features = torchvision_features(arch).double().eval()
+    """Index i is the output of features[i]; a hook there sees the ReLU that follows, which works in place."""
+    features = torchvision_features(arch).double().eval().requires_grad_(False)
     result = features.load_state_dict(state_dict(arch, ""), strict=False)
     assert not result.unexpected_keys and all("num_batches" in key for key in result.missing_keys)
-    net = trunk(arch)
-    codes = ref.tap_codes(arch)
+    net, codes = trunk(arch, winograd=False), ref.tap_codes(arch)
     indices = [i for i in range(len(features)) if codes[i] is not None]
     assert len(features) - len(indices) == (len(net._folded) // 2 if arch.endswith("_bn") else 0)
-    x = torch.rand(1, 3, 32, 32, dtype=torch.float64) * 2 - 1
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1)
-                 for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # fmt: skip
-    v, maps = ((x + 1) / 2 - mean) / std, iter(net.features(x, indices))
-    with torch.no_grad():
-        for i, layer in enumerate(features):
-            v = layer(v.clone())
-            if i in indices:
-                assert relative(next(maps), v) < (1e-6 if arch.endswith("_bn") else 1e-12), i
+    x = torch.rand(1, 3, 32, 40) * 2 - 1
+    leaf = x.double().requires_grad_()
+    v, wanted = normalized(leaf), {}
+    for i, layer in enumerate(features):
+        v = wanted[i] = layer(v.clone())
+    double = dict(zip(indices, net.features(x.double(), indices)))
+    leaf32 = x.requires_grad_()
+    found = dict(zip(indices, net.features(leaf32, indices)))
+    for i in indices:
+        assert relative(double[i], wanted[i]) < (1e-6 if arch.endswith("_bn") else 1e-12), i
+        assert relative(found[i], wanted[i]) < 1e-5, i
+    cotangents = {i: torch.randn_like(wanted[i]) / wanted[i].detach().norm() for i in indices}
+    ours, exact = (sum((cotangents[i] * maps[i]).sum() for i in indices) for maps in (found, wanted))
+    assert relative(torch.autograd.grad(ours, leaf32)[0], torch.autograd.grad(exact, leaf)[0]) < 1e-2  # flips
+
+    seen = {}
+    for i in indices:
+        features[i].register_forward_hook(lambda _, __, output, i=i: seen.update({i: output}))
+    features(normalized(x.detach().double()))
+    for i in indices:
+        assert relative(double[i + 1 if codes[i] % 2 == 0 else i], seen[i]) < 1e-5, i
+    assert any(relative(double[i], seen[i]) > 0.1 for i in indices)
 
 
 def test_names_are_indices():
@@ -87,156 +104,6 @@ def test_sequential(arch):
     assert len(copied) == len(stored(arch)) and all(map(torch.equal, copied, stored(arch)))
     layers[0].weight.data.zero_()
     assert stored(arch)[0].any()  # copies
-
-
-# ---- reading
-
-
-@pytest.mark.parametrize("arch", ["vgg11", "vgg11_bn"])
-def test_state_dict(arch):
-    found = state_dict(arch) | {"classifier.0.weight": torch.zeros(3), "classifier.0.bias": torch.zeros(3)}
-    if arch.endswith("_bn"):
-        found["features.1.num_batches_tracked"] = torch.tensor(7)
-    for entries in (found, state_dict(arch, "")):
-        net = VGGTrunk.from_state_dict(entries, arch)
-        assert net.checksum == trunk(arch).checksum
-    assert VGGTrunk.random(arch, 0).checksum == trunk(arch).checksum != VGGTrunk.random(arch, 1).checksum
-    if arch == "vgg11":
-        data = b"".join(w.numpy().tobytes() for w in stored(arch))
-        assert trunk(arch).checksum == hashlib.sha256(data).hexdigest()
-
-
-def test_a_trunk_does_not_follow_the_model_it_came_from():
-    entries = {key: w.clone() for key, w in state_dict("vgg11").items()}
-    net = VGGTrunk.from_state_dict(entries, "vgg11")
-    entries["features.0.weight"].zero_()
-    assert net.checksum == trunk().checksum
-
-
-def test_everything_wrong_is_in_one_error():
-    found = state_dict("vgg11")
-    del found["features.0.bias"], found["features.8.weight"]
-    found |= {"features.0.weight": torch.zeros(64, 1, 3, 3), "features.1.weight": torch.zeros(2)}
-    found |= {
-        "fc.weight": 0,
-        "features.3.bias": torch.zeros(128, dtype=torch.int32),
-        "features.3.weight": [1],
-    }
-    with pytest.raises(ValueError, match="weights do not fit vgg11") as error:
-        VGGTrunk.from_state_dict(found, "vgg11")
-    shape = "0.weight has shape [64, 1, 3, 3] instead of [64, 3, 3, 3]"
-    for text in ("missing 0.bias", "missing 8.weight", shape, "extra 1.weight", "extra fc.weight",
-                 "3.bias is torch.int32", "3.weight is a list"):  # fmt: skip
-        assert text in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("have", "wanted"), [("vgg11", "vgg13"), ("vgg11", "vgg11_bn"), ("vgg11_bn", "vgg11")]
-)
-def test_weights_of_another_net(have, wanted):
-    with pytest.raises(ValueError, match=f"weights do not fit {wanted}: .*(missing|extra|shape)"):
-        VGGTrunk.from_state_dict(state_dict(have), wanted)
-
-
-def to_blocks(arch):
-    """The weights by block: {(1, 1): (kernel [3, 3, C, K], bias)}."""
-    names = [name for name in ref.tap_codes(arch) if str(name).startswith("conv")]
-    pairs = zip(*[iter(w.numpy() for w in stored(arch))] * 2)
-    return {name[4:]: (w.transpose(2, 3, 1, 0), b) for name, (w, b) in zip(names, pairs)}
-
-
-def test_files(tmp_path, caplog):
-    entries = state_dict("vgg11")
-    torch.save(entries, tmp_path / "a.pth")
-    np.savez(tmp_path / "b.npz", **{key: w.numpy() for key, w in entries.items()})
-    blocks = {
-        f"conv{at}_{part}": array
-        for at, pair in to_blocks("vgg11").items()
-        for part, array in zip("Wb", pair)
-    }
-    np.savez(tmp_path / "c.npz", **blocks, fc6_W=np.zeros((2, 2)), fc6_b=np.zeros(2))
-    with caplog.at_level(logging.INFO, "vaeops"):
-        for name in ("a.pth", "b.npz", "c.npz"):
-            assert VGGTrunk.from_file(tmp_path / name, "vgg11").checksum == trunk().checksum
-    assert caplog.text.count(trunk().checksum) == 3
-    np.savez(tmp_path / "d.npz", **blocks, conv9_1_W=np.zeros(2))
-    with pytest.raises(ValueError, match="extra conv9_1_W"):
-        VGGTrunk.from_file(tmp_path / "d.npz", "vgg11")
-
-
-def test_safetensors(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    safetensors.save_file(state_dict("vgg11_bn"), tmp_path / "a.safetensors")
-    assert VGGTrunk.from_file(tmp_path / "a.safetensors", "vgg11_bn").checksum == trunk("vgg11_bn").checksum
-
-
-@pytest.mark.parametrize("naming", ["{0}/{0}_{1}_1:0", "{0}/{0}/{2}:0"])
-def test_keras(tmp_path, naming):
-    """Kernels are [3, 3, C, K]; the first one takes BGR."""
-    h5py = pytest.importorskip("h5py")
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        for at, (kernel, bias) in to_blocks("vgg16").items():
-            first = kernel[:, :, ::-1] if at == "1_1" else kernel
-            layer = f"block{at[0]}_conv{at[2]}"
-            file[naming.format(layer, "W", "kernel")] = first
-            file[naming.format(layer, "b", "bias")] = bias
-        file["fc1/fc1_W_1:0"] = np.zeros((2, 2))
-        file["predictions/predictions_b_1:0"] = np.zeros(2)
-    assert VGGTrunk.from_file(tmp_path / "a.h5", "vgg16").checksum == trunk("vgg16").checksum
-
-
-def test_files_that_cannot_be_read(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        VGGTrunk.from_file(tmp_path / "none.pth", "vgg11")
-    (tmp_path / "a.onnx").touch()
-    with pytest.raises(ValueError, match=r"path must end in .pth, .* got a.onnx"):
-        VGGTrunk.from_file(tmp_path / "a.onnx", "vgg11")
-    for module, name in (("h5py", "a.h5"), ("safetensors.torch", "a.safetensors")):
-        (tmp_path / name).touch()
-        monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(ImportError, match=f"reading {name} needs the package {module.partition('.')[0]}"):
-            VGGTrunk.from_file(tmp_path / name, "vgg11")
-    torch.save({"features.0.weight": Opens(tmp_path / "owned")}, tmp_path / "a.pth")
-    with pytest.raises(pickle.UnpicklingError):
-        VGGTrunk.from_file(tmp_path / "a.pth", "vgg11")
-    assert not (tmp_path / "owned").exists()
-
-
-class Opens:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-def test_nothing_is_fetched_unasked(monkeypatch):
-    with pytest.raises(ValueError, match="path is None; give a file, or download=True"):
-        VGGTrunk.from_file(None, "vgg11")
-    with pytest.raises(ValueError, match="give path=None with download=True"):
-        VGGTrunk.from_file("a.pth", "vgg11", download=True)
-    monkeypatch.setitem(sys.modules, "torchvision.models", None)
-    with pytest.raises(
-        ImportError, match="download=True goes through torchvision, which does not import here"
-    ):
-        VGGTrunk.from_file(None, "vgg11", download=True)
-
-    class Models:
-        class DEFAULT:
-            @staticmethod
-            def get_state_dict(progress, check_hash):
-                assert check_hash
-                return state_dict("vgg11")
-
-        @staticmethod
-        def get_model_weights(arch):
-            assert arch == "vgg11"
-            return Models
-
-    monkeypatch.setitem(sys.modules, "torchvision.models", Models)
-    assert VGGTrunk.from_file(None, "vgg11", download=True).checksum == trunk().checksum
 
 
 # ---- batch norm
@@ -321,7 +188,20 @@ def test_it_moves():
     net = VGGTrunk("vgg11", stored("vgg11")).prepare(TAPS)
     assert net.double().dtype is torch.float64 and not net._packs and net.device.type == "cpu"
     assert net.float().dtype is torch.float32 and net.checksum == trunk().checksum
+    packs = net.prepare(TAPS)._packs
+    assert net.to("cpu")._packs is packs and packs  # it was there
     assert net.to("meta").device.type == "meta" and stored("vgg11")[0].device.type == "cpu"
+
+
+def test_a_parent_that_is_emptied_does_not_take_the_weights_with_it():
+    """`to_empty` expects a checkpoint to fill what it made, and the trunk is in none."""
+    model, (x, target) = Model(), images(1, 8, 8)
+    model.to_empty(device="cpu")
+    want = vaeops.perceptual_loss(x, target, trunk(), taps=TAPS)
+    assert torch.equal(vaeops.perceptual_loss(x, target, model.trunk, taps=TAPS), want)
+    loss = vaeops.nn.LPIPS(model.trunk, [torch.rand(64)], taps=TAPS[:1])
+    want = loss(x, target)
+    assert torch.equal(loss.to_empty(device="cpu")(x, target), want)
 
 
 def test_copies_share_the_weights():
@@ -355,6 +235,67 @@ def test_each_depth_is_packed_once():
         vaeops.perceptual_loss(x, target, net, taps=taps)
         net.features(x, taps)
     assert len(net._packs) == 2
+
+
+@pytest.mark.skipif(len(isas()) < 2, reason="needs two instruction sets and _host")
+def test_bf16_is_packed_for_the_instruction_set_in_use():
+    """What AMX multiplies, the others cannot read."""
+    from vaeops import _host
+
+    net, path, (x, target) = (
+        VGGTrunk("vgg11", stored("vgg11"), precision="bf16"),
+        str(_native.path("_ops_cpu")),
+        images(1, 8, 8),
+    )
+    best = _host.isa(path)
+    try:
+        for name in reversed(isas()):
+            _host.set_isa(path, name)
+            fresh = VGGTrunk("vgg11", stored("vgg11"), precision="bf16")
+            want = vaeops.perceptual_loss(x, target, fresh, taps=TAPS)
+            assert torch.equal(vaeops.perceptual_loss(x, target, net, taps=TAPS), want)
+    finally:
+        _host.set_isa(path, best)
+    assert len(net._packs) == len(isas())
+
+
+def test_what_inference_mode_packed_and_encoded_serves_training():
+    net, (x, target) = VGGTrunk("vgg11", stored("vgg11")), images(1, 8, 8)
+    with torch.inference_mode():
+        net.features(x, TAPS)
+        cache = net.encode(target, TAPS)
+    lpips = lambda x, to: vaeops.nn.LPIPS(net, None, taps=TAPS)(x, to, per_layer=True)[0]  # noqa: E731
+    assert torch.equal(gradient(lpips, x, cache)[1], gradient(lpips, x, target)[1])
+    total = lambda x, net=net: sum(m.sum() for m in net.features(x, TAPS))  # noqa: E731
+    assert torch.equal(gradient(total, x)[1], gradient(lambda x: total(x, trunk()), x)[1])
+
+
+def test_weights_packed_inside_a_transform_outlive_it():
+    net, (x, target) = VGGTrunk("vgg11", stored("vgg11")), images(1, 8, 8)
+    loss = lambda x: vaeops.perceptual_loss(x, target, net, taps=TAPS)  # noqa: E731
+    want = gradient(vaeops.perceptual_loss, x, target, trunk(), taps=TAPS)[1]
+    for transform in (torch.func.grad(loss), lambda x: torch.func.vmap(torch.func.grad(loss))(x[None])[0]):
+        net._packs.clear()
+        assert relative(transform(x), want) < 1e-6
+        assert net._packs and all(p.data_ptr() for p in net._packs.values())
+
+
+@pytest.mark.filterwarnings("error:.*was assigned during export")
+def test_an_export_leaves_no_trace():
+    """It packs weights too, but what it has then is no tensor to compute with."""
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk = VGGTrunk("vgg11", stored("vgg11"))
+
+        def forward(self, x, target):
+            return vaeops.perceptual_loss(x, target, self.trunk, taps=TAPS)
+
+    model, pair = Loss(), images(2, 8, 8)
+    exported = torch.export.export(model, pair, strict=False)
+    want = vaeops.perceptual_loss(*pair, trunk(), taps=TAPS)
+    assert torch.equal(model(*pair), want) and relative(exported.module()(*pair), want) < 1e-6
 
 
 def test_target_cache(impl):
@@ -397,12 +338,3 @@ def test_target_cache(impl):
 def test_bad_options(arch, options, error, text):
     with pytest.raises(error, match="^VGGTrunk: " + text):
         VGGTrunk.random(arch, 0, **options)
-
-
-def test_bad_weights():
-    with pytest.raises(ValueError, match=r"missing 18\.weight; missing 18\.bias"):
-        VGGTrunk("vgg11", stored("vgg11")[:-2])
-    with pytest.raises(ValueError, match=r"extra weights\[16\]"):
-        VGGTrunk("vgg11", [*stored("vgg11"), torch.zeros(2)])
-    with pytest.raises(TypeError, match="state_dict must be a dict of tensors, got list"):
-        VGGTrunk.from_state_dict(stored("vgg11"), "vgg11")

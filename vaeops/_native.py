@@ -2,7 +2,9 @@
 it: auto (the default) takes what was built, require refuses to start without it, 0 leaves it out."""
 
 import ctypes
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -55,6 +57,22 @@ def empty_cache() -> int:
     release = ctypes.CDLL(str(library)).vaeops_release_pages
     release.restype = ctypes.c_size_t
     return release()
+
+
+def isa() -> int | None:
+    """Which instruction set the CPU kernels use, as a number; None without them."""
+    ask = _isa()
+    return None if ask is None else ask()
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo for it.
+isa._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _isa() -> Callable[[], int] | None:
+    library = path("_ops_cpu")
+    return None if library is None else ctypes.CDLL(str(library)).vaeops_isa
 
 
 def path(stem: str) -> Path | None:

@@ -230,7 +230,7 @@ class LPIPSCase(LossCase):
 
     def rows(self, device: torch.device, compiled: bool) -> list[Row]:
         ours, rows = vaeops.nn.LPIPS(_lpips_trunk(device), "0.1", reduction="mean"), []
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(peers.NotInstalled):
             package = _lpips_package(device)
             rows.append(Row("lpips", lambda x, target: (package(x, target).mean(),)))
         return [

@@ -67,10 +67,7 @@ void vgg_features_backward(const VggFeaturesBackward& call, ParallelFor parallel
   const Chunks chunks = chunks_of(plan, call.batch, parallel);
   const bool convert = converts(plan, call.trunk);
   const int64_t bytes = Work::bytes(plan, chunks) + (convert ? bytes_of_taps(plan, call.trunk, chunks) : 0);
-  const int64_t image = 3 * call.height * call.width *
-                        (call.gx_dtype == Dtype::f64   ? 8
-                         : call.gx_dtype == Dtype::f32 ? 4
-                                                       : 2);
+  const int64_t image = 3 * call.height * call.width * bytes_of(call.gx_dtype);
   for_each_chunk(chunks, call.batch, bytes, parallel,
                  [&](int64_t first, int64_t n, Scratch& scratch, ParallelFor inner) {
                    const Work work(plan, chunks, scratch);
@@ -98,10 +95,7 @@ void perceptual_forward(const PerceptualForward& call, ParallelFor parallel) {
   const int64_t taps = bytes_of_taps(plan, trunk, chunks);
   const int64_t bytes = Work::bytes(plan, chunks) + taps * (1 + (given ? 0 : 1) + (wants_gradient ? 1 : 0)) +
                         (wants_gradient ? aligned(chunk_plan.saved_bytes) : 0);
-  const int64_t image = 3 * call.height * call.width *
-                        (call.gx_dtype == Dtype::f64   ? 8
-                         : call.gx_dtype == Dtype::f32 ? 4
-                                                       : 2);
+  const int64_t image = 3 * call.height * call.width * bytes_of(call.gx_dtype);
   for_each_chunk(chunks, call.batch, bytes, parallel,
                  [&](int64_t first, int64_t n, Scratch& scratch, ParallelFor inner) {
                    const Work work(plan, chunks, scratch);
@@ -110,7 +104,7 @@ void perceptual_forward(const PerceptualForward& call, ParallelFor parallel) {
                    const Dtype target_dtype = given ? call.target_map_dtype : plan.dtype();
                    if (given) {
                      for (int32_t t = 0; t < trunk.taps; ++t) {
-                       const int64_t offset = first * plan.tap_map(t) * (target_dtype == Dtype::bf16 ? 2 : 4);
+                       const int64_t offset = first * plan.tap_map(t) * bytes_of(target_dtype);
                        target[t] = const_cast<void*>(advance(call.target_map[t], offset));
                      }
                    } else {

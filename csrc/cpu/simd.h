@@ -29,6 +29,9 @@ VAEOPS_INLINE I shl(I x) {
 }
 VAEOPS_INLINE Mask less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 VAEOPS_INLINE Mask equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+VAEOPS_INLINE Mask above(F a, F b) {  // a > b, or a is NaN: what replaces a maximum b in PyTorch
+  return static_cast<Mask>(_mm512_cmp_ps_mask(b, a, _CMP_LT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q));
+}
 VAEOPS_INLINE Mask has_bit(I x, uint32_t bit) { return _mm512_test_epi32_mask(x, iset1(bit)); }
 VAEOPS_INLINE F select(Mask m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
 VAEOPS_INLINE F select_minus(Mask m, F yes, F no) {  // m ? -yes : no
@@ -95,6 +98,9 @@ VAEOPS_INLINE F unsigned_to_float(I x) {  // both halves are exact in fp32, thei
 }
 VAEOPS_INLINE Mask less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 VAEOPS_INLINE Mask equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+VAEOPS_INLINE Mask above(F a, F b) {
+  return _mm256_or_ps(_mm256_cmp_ps(b, a, _CMP_LT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+}
 VAEOPS_INLINE Mask has_bit(I x, uint32_t bit) { return floats(_mm256_cmpeq_epi32(iand(x, iset1(bit)), iset1(bit))); }
 VAEOPS_INLINE F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
 VAEOPS_INLINE F select_minus(Mask m, F yes, F no) { return select(m, _mm256_xor_ps(yes, set1(-0.0f)), no); }
@@ -156,6 +162,7 @@ VAEOPS_INLINE I shl(I x) {
 }
 VAEOPS_INLINE Mask less(F a, F b) { return a < b; }
 VAEOPS_INLINE Mask equal(F a, F b) { return a == b; }
+VAEOPS_INLINE Mask above(F a, F b) { return b < a || a != a; }
 VAEOPS_INLINE Mask has_bit(I x, uint32_t bit) { return (x & bit) != 0; }
 VAEOPS_INLINE F select(Mask m, F yes, F no) { return m ? yes : no; }
 VAEOPS_INLINE F select_minus(Mask m, F yes, F no) { return m ? -yes : no; }

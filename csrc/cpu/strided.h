@@ -148,4 +148,6 @@ inline void serial(int64_t n, void (*body)(void*, int64_t, int64_t), void* conte
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
 }  // namespace vaeops::cpu

@@ -6,8 +6,8 @@
 namespace vaeops::cpu {
 
 // A mask has one bit an element: bit c % 16 of mask[((image * h + y) * w + x) * K / 16 + c / 16], 1 where the ReLU let
-// the value pass. A pool's code is two such words for each pooled pixel: the row and the column of the maximum in its
-// 2x2 window, the first one of equals.
+// the value pass (NaN does). A pool's code is two such words for each pooled pixel: the row and the column of the
+// maximum in its 2x2 window, the first one of equals, the last NaN.
 struct ConvForward {
   const void* x;        // [n, h, w, C]
   const float* packed;  // this layer's forward part

@@ -27,7 +27,7 @@ VAEOPS_INLINE F finish(const ConvForward& f, int64_t pixel, int64_t c, F v) {
   const int64_t i = pixel * f.out + c;
   if (f.before != nullptr) store(static_cast<T*>(f.before) + i, v);
   if (f.relu) {
-    if (f.mask != nullptr) put_bits(f.mask + i / 16, c, less(set1(0), v));
+    if (f.mask != nullptr) put_bits(f.mask + i / 16, c, above(v, set1(0)));
     v = at_least(v, 0);
   }
   if (f.y != nullptr) store(static_cast<T*>(f.y) + i, v);
@@ -38,9 +38,9 @@ VAEOPS_INLINE F finish(const ConvForward& f, int64_t pixel, int64_t c, F v) {
 template <class T>
 VAEOPS_INLINE void finish_pool(const ConvForward& f, int64_t pixel, int64_t c, F v00, F v01, F v10, F v11) {
   const int64_t i = pixel * f.out + c;
-  const Mask right0 = less(v00, v01), right1 = less(v10, v11);
+  const Mask right0 = above(v01, v00), right1 = above(v11, v10);
   const F top = select(right0, v01, v00), bottom = select(right1, v11, v10);
-  const Mask low = less(top, bottom);
+  const Mask low = above(bottom, top);
   store(static_cast<T*>(f.pooled) + i, select(low, bottom, top));
   if (f.code == nullptr) return;
   put_bits(f.code + i / 16 * 2, c, low);

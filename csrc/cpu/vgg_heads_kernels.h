@@ -7,6 +7,7 @@ VAEOPS_INLINE void store(double* p, double x) { *p = x; }
 VAEOPS_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 VAEOPS_INLINE double sqrt(double x) { return __builtin_sqrt(x); }
 VAEOPS_INLINE bool less(double a, double b) { return a < b; }
+VAEOPS_INLINE bool above(double a, double b) { return b < a || a != a; }
 VAEOPS_INLINE double select(bool m, double yes, double no) { return m ? yes : no; }
 VAEOPS_INLINE double at_most(double x, double bound) { return bound < x ? bound : x; }
 VAEOPS_INLINE double at_least(double x, double bound) { return x < bound ? bound : x; }
@@ -68,7 +69,7 @@ VAEOPS_INLINE float total(F x) {
 template <class S, class Tile, class V>
 VAEOPS_INLINE void put_gradient(const Tile& tile, int64_t p, int64_t c, V value, V g, int64_t n) {
   const V zero = splat(S(0));
-  if (tile.relu) g = select(less(zero, value), g, zero);
+  if (tile.relu) g = select(above(value, zero), g, zero);
   auto* const at = tile.ga + p * tile.ga_step + c;
   if (tile.add) g = g + get(at, n);
   put(at, g, n);

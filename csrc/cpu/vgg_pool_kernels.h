@@ -39,12 +39,13 @@ static void pool_row(const PoolRow& row) {
         const int64_t at = c + part * kWidth;
         const F a = load(top + at), b = load(top + channels + at);
         const F d = load(bottom + at), e = load(bottom + channels + at);
-        const F above = select(less(a, b), b, a), below = select(less(d, e), e, d);
-        const Mask take = less(above, below);
+        const Mask right0 = above(b, a), right1 = above(e, d);
+        const F upper = select(right0, b, a), under = select(right1, e, d);
+        const Mask take = above(under, upper);
         const uint32_t low = word_of(take, part);
         lower |= low;
-        right |= (low & word_of(less(d, e), part)) | (~low & word_of(less(a, b), part));
-        store(y + at, select(take, below, above));
+        right |= (low & word_of(right1, part)) | (~low & word_of(right0, part));
+        store(y + at, select(take, under, upper));
       }
       if (row.code == nullptr) continue;
       uint16_t* const code = row.code + (p * channels + c) / 8;

@@ -136,8 +136,8 @@ void backward(const TrunkPlan& plan, int64_t n, const void* const* grad, bool ma
   int32_t i = plan.layers - 1;
   while (i >= 0 && after(plan.layer[i]) == nullptr && before(plan.layer[i]) == nullptr) --i;
   if (i < 0) {
-    const int64_t bytes = gx_dtype == Dtype::f64 ? 8 : gx_dtype == Dtype::f32 ? 4 : 2;
-    std::fill_n(static_cast<char*>(gx), n * 3 * plan.layer[0].height * plan.layer[0].width * bytes, char{0});
+    const int64_t elements = n * 3 * plan.layer[0].height * plan.layer[0].width;
+    std::fill_n(static_cast<char*>(gx), elements * bytes_of(gx_dtype), char{0});
     return;
   }
   const TrunkLayer& top = plan.layer[i];

@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 SHAPES = 8  # captured at a time; each holds memory of its own
 
@@ -49,6 +47,7 @@ class Captured:
         """Not while something else captures or compiles."""
         return not (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
 
+    @torch.inference_mode(False)  # what is captured serves calls outside of it too
     @torch.no_grad()
     def __call__(
         self, key: Hashable, function: Callable[..., Sequence[Tensor]], *inputs: Tensor
@@ -69,23 +68,3 @@ class Captured:
 
     def __reduce__(self) -> tuple:
         return Captured, ()
-
-
-class _Attached(Function):
-    """A loss [] or [B] that was made with its gradient gx [B, ...], tied to x."""
-
-    @staticmethod
-    def forward(ctx, x, loss, gx):
-        ctx.save_for_backward(gx)
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        (gx,) = ctx.saved_tensors
-        return (gx * g.reshape(-1, *[1] * (gx.dim() - 1))).to(gx.dtype), None, None
-
-
-def attached(x: Tensor, loss: Tensor, gx: Tensor) -> Tensor:
-    """The loss with a graph to x, whose gradient is known."""
-    return _Attached.apply(x, loss, gx)

@@ -10,14 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.perceptual import TargetCache, Term, feature_distance, perceptual_loss
-from ._graph import Captured, attached
-from .vgg import VGGTrunk
+from ..ops.perceptual import TargetCache, Term, check, feature_distance, perceptual_loss
+from ..ops.perceptual.features import cached_maps
+from ..ops.perceptual.loss import KnownGradient
+from ._graph import Captured
+from .vgg import VGGTrunk, moved
 
 TAPS = ("relu2_1", "relu3_3")
 LPIPS_TAPS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")
 STYLE_TAPS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3")
 VERSIONS = ("0.1", "0.0")
+
+
+class _Replayed(KnownGradient):
+    """Of (call, link, x, *target)."""
+
+    @staticmethod
+    def forward(call, link, x, *target):
+        return call(x, *target)
 
 
 class PerceptualLoss(nn.Module):
@@ -48,15 +58,19 @@ class PerceptualLoss(nn.Module):
                  terms: Sequence[Term] | None = None, reduction: str = "mean", cuda_graph: bool = False,
                  impl: str | None = None) -> None:  # fmt: skip
         super().__init__()
-        self.trunk, self.reduction, self.impl = trunk, reduction, impl
-        self.terms = (Term(kind, taps, weights, lin),) if terms is None else tuple(terms)
+        op = type(self).__name__
+        check.trunk(op, trunk)
+        if terms is None:
+            terms = (Term(kind, taps, weights, lin),)
+        else:
+            check.terms(op, terms, Term, kind == "mse" and weights is None and lin is None and taps == TAPS)
+        self.trunk, self.reduction, self.impl, self.terms = trunk, reduction, impl, tuple(terms)
         self.captured = Captured() if cuda_graph else None
         self.taps = _in_order(trunk, self.terms)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        terms = ((t, t.lin and [_moved(w, fn) for w in t.lin]) for t in self.terms)
-        self.terms = tuple(replace(t, lin=lin) for t, lin in terms)
+        self.terms = tuple(replace(t, lin=t.lin and moved(t.lin, fn)) for t in self.terms)
         if self.captured is not None:
             self.captured.clear()
         return self
@@ -94,18 +108,22 @@ class PerceptualLoss(nn.Module):
             assert isinstance(target, Tensor)
             x, target = target, x  # every distance is symmetric
         wants = needs_x or needs_target
-        cached = target.taps if isinstance(target, TargetCache) else None
+        if wants and x.dtype is torch.float16:
+            x = x.float()  # as in perceptual_loss
+        cached = (target.taps, target.identity) if isinstance(target, TargetCache) else None
         cut = self.trunk.cut(self.taps)  # a trunk that moves makes other cuts
 
         def call(x: Tensor, *target: Tensor) -> tuple[Tensor, ...]:
-            to = target[0] if cached is None else TargetCache(target, cached)
+            to = target[0] if cached is None else TargetCache(target, *cached)
             out = perceptual_loss(x, to, self.trunk, terms=self.terms, reduction=reduction, return_grad=wants,
                                   impl=self.impl)  # fmt: skip
             return out if wants else (out,)
 
-        maps = target.maps if isinstance(target, TargetCache) else (target,)
-        loss, *gx = captured((cut, cached, wants, reduction), call, x.detach(), *(t.detach() for t in maps))
-        return attached(x, loss, gx[0]) if wants else loss
+        def replay(x: Tensor, *target: Tensor) -> tuple[Tensor, ...]:
+            return tuple(captured((cut, cached, wants, reduction), call, x, *target))
+
+        maps = target.maps if isinstance(target, TargetCache) else (target.detach(),)
+        return (_Replayed.apply(replay, x[:0].clone(), x, *maps) if wants else replay(x, *maps))[0]
 
 
 class StyleLoss(PerceptualLoss):
@@ -147,7 +165,8 @@ class LPIPS(PerceptualLoss):
 
     Shapes: [B, 3, H, W] twice -> [B], or [] by reduction; spatial [B, 1, H, W]. per_layer=True returns
     (value, [each tap's part of it]). Spatial and per-layer values run the trunk on both images and keep what
-    `VGGTrunk.features` keeps; the plain value is the fused `vaeops.perceptual_loss`.
+    `VGGTrunk.features` keeps; the plain value is the fused `vaeops.perceptual_loss`, which says how exact the
+    image gradient is in fp32.
 
     Source: Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 2018.
     """
@@ -155,6 +174,9 @@ class LPIPS(PerceptualLoss):
     def __init__(self, trunk: VGGTrunk, lin: Sequence[Tensor] | str | Path | None = "0.1", *,
                  taps: Sequence[str | int] = LPIPS_TAPS, spatial: bool = False, reduction: str = "none",
                  cuda_graph: bool = False, impl: str | None = None) -> None:  # fmt: skip
+        check.trunk("LPIPS", trunk)
+        if trunk.bn == "batch":
+            raise ValueError("LPIPS: trunk: bn='batch' mixes the images, give one with bn='fold'")
         cut = trunk.cut(taps)
         channels = [cut.channels(tap) for tap in cut.taps]
         if isinstance(lin, str) and lin in VERSIONS:
@@ -179,7 +201,12 @@ class LPIPS(PerceptualLoss):
         if self.captured is not None:
             raise ValueError("LPIPS: cuda_graph=True is for the plain value, not for per_layer=True")
         ours = self.trunk.features(x, self.taps)
-        theirs = self.trunk.features(target, self.taps) if isinstance(target, Tensor) else target.maps
+        if isinstance(target, TargetCache):
+            theirs = cached_maps("LPIPS", x, target, self.trunk, self.trunk.cut(self.taps))
+        else:
+            check.image("LPIPS", "target", target)
+            check.same_image("LPIPS", x, target)
+            theirs = self.trunk.features(target, self.taps)
         size = x.shape[2:] if self.spatial else None
         parts = layer_distances(ours, theirs, self.terms[0].lin or (), size, self.impl)
         parts = [self._reduced(p) for p in parts]
@@ -238,9 +265,3 @@ def _in_order(trunk: VGGTrunk, terms: Sequence[Term]) -> tuple[str | int, ...]:
     """All terms' taps in the net's order, each once."""
     names = {code: tap for term in terms for code, tap in zip(trunk.cut(term.taps).taps, term.taps)}
     return tuple(names[code] for code in sorted(names))
-
-
-def _moved(weights: Tensor, fn) -> Tensor:
-    """Where the module goes; fp64 with it, but not below fp32."""
-    moved = fn(weights)
-    return moved if moved.dtype in (torch.float32, torch.float64) else weights.to(moved.device)

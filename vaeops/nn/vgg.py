@@ -4,7 +4,7 @@ import copy
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ class VGGTrunk(nn.Module):
     Args:
         arch: "vgg11" | "vgg13" | "vgg16" | "vgg19", or with "_bn".
         weights: of each convolution, in order: weight [K, C, 3, 3], bias [K]; with "_bn" also its batch
-            norm's weight, bias, running_mean and running_var.
+            norm's weight, bias, running_mean and running_var. fp32 ones are not copied: leave them as they
+            are. (`from_state_dict` copies.)
         bn: of an arch with batch norm: "fold" (the default): the running statistics, folded into the
             convolutions in fp64 | "batch": the statistics of each batch that comes, as in training mode; the
             images of a batch then mix, and a loss must be "mean" or "sum".
@@ -46,7 +47,9 @@ class VGGTrunk(nn.Module):
             a CPU without AMX the fp32 kernels serve it, which are faster and more exact there. Maps are bf16.
         winograd: fp32 convolutions by Winograd's F(4x4, 3x3), which rounds a little more; False: directly.
 
-    Attributes: the arguments, but weights; `device`, `dtype`, `checksum` (SHA-256 of the folded weights).
+    Attributes: the arguments, but weights; `device`, `dtype`, `checksum` (SHA-256 of the weights, with
+    bn="fold" of the folded ones), `identity` (of arch, weights, input range and normalization, which tell
+    whose features a TargetCache holds).
     """
 
     def __init__(self, arch: str, weights: Sequence[Tensor], *, bn: str | None = None,
@@ -69,6 +72,7 @@ class VGGTrunk(nn.Module):
         self._folded = vgg_weights.folded(self._weights) if folds else self._weights
         self._cuts: dict[tuple[int, ...], Cut] = {}
         self._packs: dict[Any, Tensor] = {}
+        self.identity = hashlib.sha256(repr((arch, self._constants, self.checksum)).encode()).hexdigest()
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], arch: str, **options: Any) -> "VGGTrunk":
@@ -118,10 +122,15 @@ class VGGTrunk(nn.Module):
         """
         return trunk_features("VGGTrunk.features", self, x, taps, impl)
 
+    @torch.inference_mode(False)  # a graph may keep the maps for backward
     @torch.no_grad()
     def encode(self, x: Tensor, taps: Sequence[str | int], *, impl: str | None = None) -> TargetCache:
-        """The maps of a target, kept for several losses; no graph. The loss is the same, to the bit."""
-        return TargetCache(trunk_features("VGGTrunk.encode", self, x, taps, impl), taps)
+        """The maps of a target, kept for several losses; no graph.
+
+        The loss is the same, to the bit, but for precision="bf16" on a CPU without AMX: there the kernels
+        compute in fp32, and what is kept is rounded to bf16.
+        """
+        return TargetCache(trunk_features("VGGTrunk.encode", self, x, taps, impl), taps, self.identity)
 
     def prepare(self, taps: Sequence[str | int], *, impl: str | None = None) -> "VGGTrunk":
         """Packs the weights down to the last tap now, instead of at the first use; returns the trunk."""
@@ -189,14 +198,10 @@ class VGGTrunk(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-
-        def moved(w: Tensor) -> Tensor:
-            m = fn(w)
-            return m if m.dtype in (torch.float32, torch.float64) else w.to(m.device)
-
-        shared = self._folded is self._weights
-        self._weights = [moved(w) for w in self._weights]
-        self._folded = self._weights if shared else [moved(w) for w in self._folded]
+        weights, shared = moved(self._weights, fn), self._folded is self._weights
+        if all(new is old for new, old in zip(weights, self._weights)):
+            return self
+        self._weights, self._folded = weights, weights if shared else moved(self._folded, fn)
         self._cuts, self._packs = {}, {}
         return self
 
@@ -215,6 +220,16 @@ class VGGTrunk(nn.Module):
     def extra_repr(self) -> str:
         options = f"bn={self.bn!r}, input_range={self.input_range}, normalize={self.normalize!r}"
         return f"{self.arch!r}, {options}, precision={self.precision!r}, winograd={self.winograd}"
+
+
+def moved(weights: Sequence[Tensor], fn: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Where a module's `_apply` takes its tensors; to fp64 with them, but not below fp32.
+
+    `fn` sees none of the weights: that of `to_empty` would lose what no checkpoint brings back.
+    """
+    like = fn(weights[0].new_empty(0))
+    dtype = like.dtype if like.dtype in (torch.float32, torch.float64) else weights[0].dtype
+    return [w.to(like.device, dtype) for w in weights]
 
 
 def _check_arch(arch: str) -> None:

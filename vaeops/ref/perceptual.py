@@ -136,7 +136,7 @@ def features(x: Tensor, weights: Sequence[Tensor], layers: Sequence[int], taps: 
 
 
 def _unpool(g: Tensor, x: Tensor) -> Tensor:
-    """The gradient of max_pool2d(x, 2): to the first of equals in each window."""
+    """The gradient of max_pool2d(x, 2): to the first of equals in each window, to the last NaN."""
     index = F.max_pool2d(x, 2, return_indices=True)[1]
     height, width = x.shape[2:]
     edge = (0, width - 2 * g.shape[3], 0, height - 2 * g.shape[2])
@@ -159,7 +159,7 @@ def _run_back(grads: Sequence[Tensor | None], run: list[tuple[Tensor, Tensor]], 
             if not layers[layer]:
                 g = _unpool(g, before)
                 continue
-            g = torch.where(before > 0, g, 0) + at_tap.get(2 * layer, 0)
+            g = torch.where(before <= 0, 0, g) + at_tap.get(2 * layer, 0)
             convolution -= 2
             w = _rounded(weights[convolution].to(dtype), algorithm)
             g = F.conv_transpose2d(_rounded(g, algorithm), w, padding=1)
@@ -237,7 +237,8 @@ def distance_bwd(grad: Tensor, a: Tensor, b: Tensor, lin: Tensor | None, kind: i
         ga, gb = _through_units(g, a, *units_a), _through_units(-g, b, *units_b)
     else:
         d = a - b
-        ga = w * (2 * d if kind == 0 else d.sign() if kind == 1 else d.clamp(-1, 1))
+        sign = torch.where(d.isnan(), d, d.sign())
+        ga = w * (2 * d if kind == 0 else sign if kind == 1 else d.clamp(-1, 1))
         gb = -ga
     return ga.to(types[0]), gb.to(types[1])
 

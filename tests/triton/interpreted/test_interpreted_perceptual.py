@@ -38,10 +38,9 @@ def weights_of(layers):
     return found
 
 
-# layers, taps, size. vgg11 and vgg16 cut early; the others are small nets with all that a cut can have:
+# layers, taps, size. vgg16 cut early; the others are small nets with all that a cut can have:
 # taps before a ReLU, behind one, behind a pool, a pool behind a pool, layers that ATen makes, few channels.
 NETS = {
-    "vgg11": (ref.ARCHS["vgg11"][:3], (3, 5), (8, 10)),
     "vgg16": (ref.ARCHS["vgg16"][:4], (3, 5, 7), (9, 7)),
     "taps": ((16, 24, 0, 40, 40), (0, 1, 2, 3, 5, 7, 8), (13, 16)),
     "pools": ((8, 0, 16, 0, 0, 24), (1, 7, 9, 11), (18, 16)),
@@ -99,6 +98,8 @@ def check_trunk(layers, taps, x, weights):
         ours, want = perceptual.vgg_features_bwd(*arguments), ref.vgg_features_bwd(*arguments)
         assert ours.dtype is x.dtype and ours.is_contiguous()
         assert relative(ours, want) < 2e-6
+    none = perceptual.vgg_features_bwd([None] * len(taps), *arguments[1:])
+    assert none.shape == x.shape and not none.any()
     assert run(x, weights, layers, taps, keep=False)[2].numel() == 0
 
 
@@ -118,13 +119,6 @@ def test_the_tiles_of_a_gpu(monkeypatch):
     monkeypatch.undo()
     layers = (16, 72, 0, 16)
     check_trunk(layers, (3, 5, 7), normal(1, 3, 6, 17, seed=7), weights_of(layers))
-
-
-def test_trunk_without_gradients():
-    layers, taps, x, weights = (16, 16), (1, 3), normal(2, 3, 4, 5), weights_of((16, 16))
-    packed, _, saved = run(x, weights, layers, taps)
-    given = [None] * len(taps), x, weights, packed, saved, layers, taps, PIXELS, FP32
-    assert not perceptual.vgg_features_bwd(*given).any()
 
 
 @pytest.mark.parametrize("name", ["taps", "wide"])
@@ -169,10 +163,10 @@ def test_images(x):
         torch.testing.assert_close(ours, want)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 40), (2, 3), (8, 16), (9, 17)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (2, 3), (9, 17)])
 def test_sizes(size):
     layers, taps = (16, 16) if min(size) < 2 else (16, 16, 0, 136, 8), (3,) if min(size) < 2 else (3, 9)
-    x, weights = normal(3, 3, *size), weights_of(layers)
+    x, weights = normal(2, 3, *size), weights_of(layers)
     packed, maps, saved = run(x, weights, layers, taps)
     for ours, want in zip(maps, ref.features(x, weights, layers, taps, PIXELS)):
         assert relative(ours, want) < 1e-6
@@ -202,15 +196,18 @@ def test_nan_stays_in_its_image():
     layers, taps, size = NETS["pools"]
     x, weights = normal(2, 3, *size), weights_of(layers)
     x[1, 0, 2, 3] = torch.nan
-    _, maps, _ = run(x, weights, layers, taps)
+    packed, maps, saved = run(x, weights, layers, taps)
     for ours, want in zip(maps, ref.features(x, weights, layers, taps, PIXELS)):
         assert torch.equal(ours.isnan(), want.isnan()) and ours[1].isnan().any() and not ours[0].isnan().any()
+    grads = [normal(*m.shape, seed=tap) for tap, m in zip(taps, maps)]
+    arguments = grads, x, weights, packed, saved, layers, taps, PIXELS, FP32
+    ours, want = perceptual.vgg_features_bwd(*arguments), ref.vgg_features_bwd(*arguments)
+    assert relative(ours, want) < 2e-6  # through ReLUs and pools of NaN
 
 
 HEADS = {
     "mse and l1": ((0, 1, 1), (MSE, L1, MSE), (1.0, 0.5, 2.0)),
-    "lpips": ((0, 1), (LPIPS, LPIPS), (1.0, 1.0)),
-    "all": ((1, 0, 1, 0, 1), (GRAM, SMOOTH_L1, LPIPS, GRAM, MSE), (30.0, 1.0, 0.3, 50.0, 1.0)),
+    "all": ((1, 0, 1, 0, 0, 1), (GRAM, LPIPS, LPIPS, GRAM, SMOOTH_L1, MSE), (30.0, 1.0, 0.3, 50.0, 1.0, 1.0)),
 }
 LOSS = (16, 16, 0, 24), (3, 7)  # layers, taps
 LPIPS_AND_GRAM = ((0, 1), (GRAM, LPIPS), (3.0, 1.0))
@@ -229,7 +226,7 @@ def loss(module, x, target, maps, heads, algorithm=FP32, mean=True, want_grad=Tr
 
 @pytest.mark.parametrize("heads, mean", [*((name, True) for name in HEADS), ("all", False)])
 def test_perceptual(heads, mean):
-    x, target = normal(3, 3, 10, 13), normal(3, 3, 10, 13, seed=1)
+    x, target = normal(2, 3, 10, 13), normal(2, 3, 10, 13, seed=1)
     arguments = x, target, [], HEADS[heads], FP32, mean
     (losses, gx), (want, want_gx) = loss(perceptual, *arguments), loss(ref, *arguments)
     exact = loss(ref, x.double(), target.double(), *arguments[2:])
@@ -242,8 +239,8 @@ def test_perceptual(heads, mean):
 
 def test_target_maps_of_any_strides_and_uint8_targets():
     layers, taps, weights = *LOSS, weights_of(LOSS[0])
-    x = normal(2, 3, 9, 8)
-    target = (normal(2, 3, 9, 8, seed=1) * 60 + 128).clamp(0, 255).to(torch.uint8)
+    x = normal(1, 3, 9, 8)
+    target = (normal(1, 3, 9, 8, seed=1) * 60 + 128).clamp(0, 255).to(torch.uint8)
     whole = loss(perceptual, x, target, [], HEADS["all"])
     maps = ref.features(target, weights, layers, taps, PIXELS)
     for ours, want in zip(loss(perceptual, x, None, maps, HEADS["all"]), whole):
@@ -263,15 +260,17 @@ def test_perceptual_in_bf16():
     )
 
 
-def test_an_image_alone_and_in_any_chunk(monkeypatch):
+def test_an_image_alone_in_any_chunk_and_under_autocast(monkeypatch):
     """Bit-equal. (Here all convolutions are Triton's: ATen may choose another algorithm.)"""
     monkeypatch.setattr(trunk, "by_triton", lambda C, K: True)
-    x, target = normal(3, 3, 9, 10), normal(3, 3, 9, 10, seed=1)
+    x, target = normal(2, 3, 9, 10), normal(2, 3, 9, 10, seed=1)
     together = loss(perceptual, x, target, [], LPIPS_AND_GRAM)
     alone = loss(perceptual, x[1:2], target[1:2], [], LPIPS_AND_GRAM)
     assert torch.equal(alone[0], together[0][:, 1:2]) and torch.equal(alone[1], together[1][1:2])
-    monkeypatch.setattr(trunk, "CHUNK_BYTES", 2 * 9 * 10 * 16 * 4)  # two images
-    assert all(torch.equal(a, b) for a, b in zip(loss(perceptual, x, target, [], LPIPS_AND_GRAM), together))
+    monkeypatch.setattr(trunk, "CHUNK_BYTES", 9 * 10 * 16 * 4)  # one image
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        apart = loss(perceptual, x, target, [], LPIPS_AND_GRAM)
+    assert all(torch.equal(a, b) for a, b in zip(apart, together))
 
 
 @pytest.mark.parametrize("name", ["taps", "wide"])
@@ -294,14 +293,6 @@ def test_equal_images():
     x = normal(2, 3, 8, 9)
     losses, gx = loss(perceptual, x, x.clone(), [], HEADS["all"])
     assert not losses.any() and not gx.any()
-
-
-def test_autocast_changes_nothing():
-    x, target = normal(2, 3, 8, 9), normal(2, 3, 8, 9, seed=1)
-    want = loss(perceptual, x, target, [], LPIPS_AND_GRAM)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = loss(perceptual, x, target, [], LPIPS_AND_GRAM)
-    assert all(torch.equal(a, b) for a, b in zip(ours, want))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -376,7 +367,7 @@ def strided(t):
 @pytest.mark.parametrize("kind", [SMOOTH_L1, LPIPS, GRAM])
 def test_distance_layouts(kind, monkeypatch):
     monkeypatch.setattr(distance, "settings", lambda channels, dtype: (32, 16, 4))  # several steps and tiles
-    for a, b in zip(strided(maps()[0]), strided(maps()[1])):
+    for a, b in zip(strided(maps(C=19)[0]), strided(maps(C=19)[1])):
         lin = normal(2 * a.shape[1])[::2] if kind == LPIPS else None
         for spatial in (False, True)[: 1 if kind == GRAM else 2]:
             options = kind, True, spatial
@@ -391,7 +382,7 @@ def test_distance_layouts(kind, monkeypatch):
 
 def test_the_public_functions_take_it():
     net = vaeops.VGGTrunk.random("vgg11", seed=0)
-    x, target = normal(2, 3, 9, 12).clamp(-1, 1), normal(2, 3, 9, 12, seed=1).clamp(-1, 1)
+    x, target = normal(2, 3, 4, 6).clamp(-1, 1), normal(2, 3, 4, 6, seed=1).clamp(-1, 1)
     lin = [torch.rand(64), torch.rand(128)]
     terms = [
         vaeops.Term("lpips", ("relu1_1", "conv2_1"), lin=lin),

@@ -92,7 +92,7 @@ def load_packed(pointer, pixel, ok, K: tl.constexpr, M: tl.constexpr, BK: tl.con
 
 @triton.jit
 def larger(a, a_code, b, b_code):
-    """The first of equals; a NaN wins."""
+    """The first of equals; a NaN wins, the last of several."""
     second = (b > a) | (b != b)
     return tl.where(second, b, a), tl.where(second, b_code, a_code)
 
@@ -124,7 +124,7 @@ def finish(
     if y is not None:
         tl.store(y + at, v, mask=exists)
     if mask is not None:
-        store_packed(mask, (v > 0).to(tl.int32), pixel, ok, K, TH * TW, BK, 8)
+        store_packed(mask, ((v > 0) | (v != v)).to(tl.int32), pixel, ok, K, TH * TW, BK, 8)
     if pooled is not None:
         window = tl.permute(tl.reshape(v, [TH * TW // 4, 2, 2, BK]), [0, 3, 1, 2])
         left, right = tl.split(window)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...ref.perceptual import DISTANCES, LPIPS_EPS, _count, compute_dtype
 from .. import _layout as layout
-from ..vq._rows import TRITON, divide, root
+from .._exact import TRITON, divide, root
 
 FIXED = ("pixels", "tiles", "count", "weight")
 LPIPS, GRAM = DISTANCES.index("lpips"), DISTANCES.index("gram")

@@ -13,7 +13,6 @@ from .. import _layout as layout
 
 # Kernel arguments that change from batch to batch: Triton must not compile anew for their values.
 FIXED = ("rows", "first", "per_program", "programs")
-TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def rows_at(t: Tensor | None) -> tuple[int, ...] | None:
@@ -69,14 +68,3 @@ def power_of_two(n, F: tl.constexpr):
     else:
         value = ((n + 127) << 23).to(tl.float32, bitcast=True)
     return value
-
-
-@triton.jit
-def root(v):
-    return tl.sqrt(v) if v.dtype == tl.float64 else tl.sqrt_rn(v)
-
-
-@triton.jit
-def divide(a, b):
-    """a / b rounded once: the fp32 operator is not that exact."""
-    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)

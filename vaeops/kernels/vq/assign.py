@@ -17,16 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _layout as layout
+from .._exact import TRITON, root
 from ._pack import Packed, pack
 from ._rows import (
     FIXED,
-    TRITON,
     accumulator,
     exponent,
     is_finite,
     next_power_of_two,
     power_of_two,
-    root,
     row_offset,
     rows_at,
 )

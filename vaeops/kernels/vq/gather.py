@@ -9,18 +9,9 @@ import triton
 import triton.language as tl
 
 from .. import _layout as layout
+from .._exact import TRITON, divide, root
 from .._tile import arrive, release
-from ._rows import (
-    FIXED,
-    TRITON,
-    accumulator,
-    divide,
-    is_finite,
-    next_power_of_two,
-    root,
-    row_offset,
-    rows_at,
-)
+from ._rows import FIXED, accumulator, is_finite, next_power_of_two, row_offset, rows_at
 
 MAX_PROGRAMS = 4096  # that leave partial sums: the last one adds them
 

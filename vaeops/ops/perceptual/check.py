@@ -150,7 +150,7 @@ def lin_tensor(op: str, w: Any, channels: int, device: torch.device) -> Tensor:
 
 
 def maps(op: str, a: Any, b: Any) -> None:
-    """Two feature maps [B, C, h, w] of one floating dtype, shape and device."""
+    """Two feature maps [B, C, h, w], not of nothing, of one floating dtype, shape and device."""
     for name, x in (("a", a), ("b", b)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
@@ -159,6 +159,8 @@ def maps(op: str, a: Any, b: Any) -> None:
             raise TypeError(f"{op}: {name} must be {took}, got {x.dtype}")
         if x.dim() != 4:
             raise ValueError(f"{op}: {name} must have shape [B, C, h, w], got {list(x.shape)}")
+        if 0 in x.shape[1:]:
+            raise ValueError(f"{op}: {name} must have channels and pixels, got shape {list(x.shape)}")
     if b.dtype is not a.dtype:
         raise TypeError(f"{op}: b must have a's dtype {a.dtype}, got {b.dtype}")
     if b.device != a.device:

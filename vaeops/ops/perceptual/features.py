@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
+from ... import _native
 from ...ref import perceptual as ref
 from .._autograd import Once
 from .._library import check_impl
@@ -52,18 +53,25 @@ class Cut:
 
     def packed(self, impl: str | None) -> Tensor:
         """All weights, packed by `impl`: once for each depth."""
-        return self._pack((impl, self.layers), self.weights, self.layers)
+        return self._pack(impl, self.layers, self.weights, self.layers)
 
     def packed_layer(self, impl: str | None, convolution: int) -> Tensor:
         """The weights of one convolution."""
         weights = self.weights[2 * convolution : 2 * convolution + 2]
-        return self._pack((impl, convolution), weights, weights[0].shape[:1])
+        return self._pack(impl, convolution, weights, weights[0].shape[:1])
 
-    def _pack(self, key: tuple, weights: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
-        if key not in self.packs:
-            with torch.no_grad():
-                self.packs[key] = PACK[key[0]](weights, layers, self.algorithm)
-        return self.packs[key]
+    def _pack(self, impl: str | None, part: Any, weights: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
+        # bf16 is packed for the instruction set that is to multiply it.
+        key = impl, part, _native.isa() if self.algorithm == 2 else None
+        if key in self.packs:
+            return self.packs[key]
+        with torch.inference_mode(False), torch.no_grad():  # a graph may keep it for backward
+            made = PACK[impl](weights, layers, self.algorithm)
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            made = torch.func.debug_unwrap(made)  # it outlives the transform
+        if type(made) is Tensor:  # and not what an export calculates with
+            self.packs[key] = made
+        return made
 
 
 class _Features(Function):
@@ -127,7 +135,9 @@ def features(cut: Cut, x: Tensor, impl: str | None) -> list[Tensor]:
     if cut.norms:
         return _batch_features(cut, x, impl)
     packed, pixels = cut.packed(impl), cut.pixels(x.dtype)
-    if torch.is_grad_enabled() and x.requires_grad:
+    wants_gradient = torch.is_grad_enabled() and x.requires_grad
+    # In forward mode too: without a jvp the Function raises, where the bare op would lose the tangent.
+    if wants_gradient or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0):
         static = (impl, cut.layers, cut.taps, pixels, cut.algorithm)
         return list(_Features.apply(static, x, packed, *cut.weights)[:-1])
     return FEATURES_FWD[impl](
@@ -163,29 +173,50 @@ class TargetCache:
     Args:
         maps: [B, K, h, w] a tap; fp32, or bf16 (fp64 for fp64).
         taps: their names or indices, as `VGGTrunk.encode` took them.
+        identity: `VGGTrunk.identity` of the trunk that made them. A loss takes it with a trunk of the same
+            weights, input range and normalization only.
 
     `len(cache)` is B, `cache[2:5]`, `cache[[0, 3]]` and `cache[mask]` are caches of some images,
-    `cache.to(...)` moves it or makes it bf16. It belongs to the trunk that made it.
+    `cache.to(...)` moves it or makes it bf16.
     """
 
-    def __init__(self, maps: Sequence[Tensor], taps: Sequence[str | int]) -> None:
+    def __init__(self, maps: Sequence[Tensor], taps: Sequence[str | int], identity: str) -> None:
         if len(maps) != len(taps) or not maps:
             raise ValueError(f"TargetCache: one map a tap is needed, got {len(maps)} maps, {len(taps)} taps")
-        self.maps, self.taps = tuple(m.detach() for m in maps), tuple(taps)
+        self.maps, self.taps, self.identity = tuple(m.detach() for m in maps), tuple(taps), identity
 
     def to(self, *args: Any, **kwargs: Any) -> "TargetCache":
-        return TargetCache([m.to(*args, **kwargs) for m in self.maps], self.taps)
+        return TargetCache([m.to(*args, **kwargs) for m in self.maps], self.taps, self.identity)
 
     def __len__(self) -> int:
         return self.maps[0].shape[0]
 
     def __getitem__(self, which: Any) -> "TargetCache":
         if isinstance(which, int):
+            if not -len(self) <= which < len(self):
+                raise IndexError(f"TargetCache: image {which} of {len(self)}")
             which = slice(which, which + 1 or None)
-        return TargetCache([m[which] for m in self.maps], self.taps)
+        return TargetCache([m[which] for m in self.maps], self.taps, self.identity)
 
     def __repr__(self) -> str:
         return f"TargetCache({len(self)} images, taps={self.taps})"
+
+
+def cached_maps(op: str, x: Tensor, target: TargetCache, trunk: Any, cut: Cut) -> list[Tensor]:
+    """Those of the taps of the cut, checked against x and the trunk."""
+    if target.identity != trunk.identity:
+        raise ValueError(
+            f"{op}: target was encoded by another trunk ({target.identity[:8]}) than this {trunk.arch} "
+            f"({trunk.identity[:8]}): other weights, input_range or normalize"
+        )
+    made = dict(zip(check.taps(op, trunk.arch, target.taps), target.maps))
+    missing = [tap for tap in cut.taps if tap not in made]
+    if missing:
+        names = ref.tap_names(trunk.arch, missing)
+        raise ValueError(f"{op}: target was encoded at {target.taps}, {', '.join(names)} is missing")
+    maps = [made[tap] for tap in cut.taps]
+    check.target_maps(op, x, maps, ref.map_shapes(x, cut.layers, cut.taps), cut.fp64)
+    return maps
 
 
 def trunk_features(

@@ -17,7 +17,7 @@ from .._autograd import Once
 from .._library import check_impl, define, overloads
 from . import check
 from .distance import DISTANCE, folded, reduced
-from .features import Cut, TargetCache, features
+from .features import Cut, TargetCache, cached_maps, features
 from .trunk import triton_kernel
 
 
@@ -36,6 +36,7 @@ define("perceptual_fwd",
 _PERCEPTUAL = overloads("perceptual_fwd")
 
 _TAPS = ("relu2_1", "relu3_3")
+_MOST_HEADS = 64  # kVggHeads of csrc/vaeops.h
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,17 +76,11 @@ def weighted(losses: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Ten
     return total
 
 
-def _scaled(gx: Tensor, g: Tensor) -> Tensor:
-    """g_b gx_b, rounded once."""
-    return (gx * g.view(-1, 1, 1, 1)).to(gx.dtype)
+class KnownGradient(Function):
+    """(value [] or [B], gx [B, 3, H, W]) of (how, link, x, *tensors), made together: backward only scales.
 
-
-class _Traced(Function):
-    """(value [B], gx) of (static, link, x, target, packed, *tensors); link: x in the gradient's graph."""
-
-    @staticmethod
-    def forward(static, link, x, target, packed, *tensors):
-        return _run(static, x, target, packed, tensors, True)
+    link: x in the gradient's graph, for a second derivative to run into; None: it is not looked for.
+    """
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -97,10 +92,18 @@ class _Traced(Function):
     @staticmethod
     def backward(ctx, g, _):
         gx, link = ctx.saved_tensors
-        out = None if g is None else _scaled(gx, g)
+        out = None if g is None else (gx * g.view(-1, 1, 1, 1)).to(gx.dtype)
         if out is not None and torch.is_grad_enabled() and link is not None:
             out = Once.apply("perceptual_loss", out, g, link)
         return None, None, out, *[None] * (ctx.count - 3)
+
+
+class _Traced(KnownGradient):
+    """Of (static, link, x, target, packed, *tensors)."""
+
+    @staticmethod
+    def forward(static, link, x, target, packed, *tensors):
+        return _run(static, x, target, packed, tensors, True)
 
 
 class _Full(_Traced):
@@ -112,9 +115,9 @@ class _Full(_Traced):
         ctx.save_for_forward(output[1])
 
     @staticmethod
-    def jvp(ctx, static, link, x, target, *_):
-        if x is None or target is not None:
-            raise NotImplementedError("perceptual_loss: forward mode serves x alone, not the target")
+    def jvp(ctx, static, link, x, *others):
+        if x is None or any(t is not None for t in others):
+            raise NotImplementedError("perceptual_loss: forward mode serves x alone, not the target, nor lin")
         (gx,) = ctx.saved_for_forward
         return (gx * x).to(torch.promote_types(gx.dtype, torch.float32)).sum((1, 2, 3)), None
 
@@ -143,7 +146,7 @@ def _attached(static: tuple, x: Tensor, target: Tensor | None, packed: Tensor, t
         or torch._C._are_functorch_transforms_active()
     ):
         return _Full.apply(static, x[:0].clone(), x, target, packed, *tensors)
-    return _run(static, x.detach(), target, packed, tensors, want_grad)
+    return _run(static, x.detach(), None if target is None else target.detach(), packed, tensors, want_grad)
 
 
 def _heads(op: str, trunk: Any, terms: Sequence[Term]) -> tuple[Cut, tuple, list[Tensor]]:
@@ -160,6 +163,8 @@ def _heads(op: str, trunk: Any, terms: Sequence[Term]) -> tuple[Cut, tuple, list
             raise ValueError(f"{op}: lin is for kind='lpips', got kind={term.kind!r}")
         for tap, weight in zip(taps, check.weights(op, "weights", term.weights, len(taps))):
             heads.append((cut.taps.index(tap), kind, scale * weight))
+    if len(heads) > _MOST_HEADS:
+        raise ValueError(f"{op}: terms: at most {_MOST_HEADS} distances in one call, got {len(heads)}")
     return cut, tuple(zip(*heads)), lin
 
 
@@ -174,14 +179,7 @@ def _targets(op: str, x: Tensor, target: Any, trunk: Any,
         check.same_image(op, x, target)
         wide = target.dtype is torch.float64 and not (x.dtype is torch.float64 or cut.fp64)
         return (target.float() if wide else target), []
-    made = dict(zip(check.taps(op, trunk.arch, target.taps), target.maps))
-    missing = [tap for tap in cut.taps if tap not in made]
-    if missing:
-        names = ref.tap_names(trunk.arch, missing)
-        raise ValueError(f"{op}: target was encoded at {target.taps}, {', '.join(names)} is missing")
-    maps = [made[tap] for tap in cut.taps]
-    check.target_maps(op, x, maps, ref.map_shapes(x, cut.layers, cut.taps), cut.fp64)
-    return None, maps
+    return None, cached_maps(op, x, target, trunk, cut)
 
 
 def perceptual_loss(x: Tensor, target: Tensor | TargetCache, trunk: Any, *,
@@ -196,7 +194,7 @@ def perceptual_loss(x: Tensor, target: Tensor | TargetCache, trunk: Any, *,
 
     Args:
         x: [B, 3, H, W], any floating dtype and strides, values in the trunk's input range; or uint8, 0 to 255
-            whatever the range, which has no gradient. H and W are at least 2^(pools before the deepest tap).
+            whatever the range, which has no gradient. H and W are at least 2^(pools down to the deepest tap).
         target: an image of x's size, of any such dtype; or the trunk's `encode` of it.
         trunk: VGGTrunk, on x's device.
         taps: names ("conv3_1" before the ReLU, "relu3_1" after it, "pool3") or indices into torchvision's
@@ -204,7 +202,8 @@ def perceptual_loss(x: Tensor, target: Tensor | TargetCache, trunk: Any, *,
         kind: "mse" | "l1" | "smooth_l1" | "lpips" | "gram".
         weights: a number for each tap; None: 1.
         lin: for "lpips": a tensor [K] for each tap; gets no gradient.
-        terms: several losses from one run of the trunk, instead of kind, weights and lin (and of taps).
+        terms: several losses from one run of the trunk, instead of kind, weights and lin (and of taps); their
+            taps are at most 64 together.
         reduction: "mean": the batch's mean, [] | "sum": its sum, and each D a sum instead of a mean, [] |
             "none": [B].
         return_grad: also the gradient of the returned loss (of its sum, for "none") with respect to x.
@@ -212,17 +211,23 @@ def perceptual_loss(x: Tensor, target: Tensor | TargetCache, trunk: Any, *,
 
     Returns:
         loss, or (loss, gradient [B, 3, H, W] in x's dtype, detached). Losses are fp32, also under autocast.
-        fp64 images, or a trunk in fp64, run the reference in fp64.
+        With x, or the trunk, in fp64 the reference runs in fp64.
         Gradients go to x, to the target, or to both. Saved for backward: the gradient of the one that needs
-        it; where both do, what `VGGTrunk.features` and `feature_distance` save. On a CPU the kernels take
-        some images at a time, so memory does not grow with B. Each image's loss and gradient depend on that
-        image alone, and are the same bits for any batch and number of threads. NaN and Inf stay in their
-        image. A trunk with bn="batch" mixes the images of a batch by intention: it runs composed PyTorch
-        that keeps its activations.
+        it (fp32 for fp16, so that a gradient scaler's factor comes before the rounding); where both do, what
+        `VGGTrunk.features` and `feature_distance` save. On a CPU the kernels take some images at a time, so
+        memory does not grow with B. Each image's loss and gradient depend on that image alone: in the C++
+        kernels they are the same bits for any batch and number of threads, on CUDA the same but for
+        rounding, since cuDNN chooses its algorithm by the batch. NaN and Inf stay in their image. A trunk
+        with bn="batch" mixes the images of a batch by intention: it runs composed PyTorch that keeps its
+        activations.
+        In fp32 the image gradient is about 1e-5 from fp64's, relative in L2 (measured: VGG16 to relu5_3, 32
+        to 128 pixels a side); on some images up to 7e-3, where rounding turned one ReLU or pool in a million
+        over. With fp64's ReLUs and pools it is 1.4e-6. PyTorch's own fp32 is as far off on such images, which
+        are two to three times as many with Winograd.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is taken; the same under torch.compile.
-        RuntimeError: on double backward.
+        RuntimeError: on double backward; in forward mode, for a tangent of anything but x.
 
     Source: Johnson et al., "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", 2016.
     """
@@ -248,8 +253,9 @@ def perceptual_loss(x: Tensor, target: Tensor | TargetCache, trunk: Any, *,
     def fused(ours: Tensor, theirs: Tensor | None) -> tuple[Tensor, Tensor]:
         pixels = cut.pixels(ours.dtype), cut.pixels(torch.float32 if theirs is None else theirs.dtype)
         static = (impl, len(maps), len(lins), cut.layers, cut.taps, *pixels, *heads, mean, cut.algorithm)
-        theirs, tensors = None if theirs is None else theirs.detach(), (*maps, *lins, *cut.weights)
-        return _attached(static, ours, theirs, cut.packed(impl), tensors, return_grad)
+        if ours.dtype is torch.float16:
+            ours = ours.float()  # the gradient is kept before it is scaled, which fp16 has no room for
+        return _attached(static, ours, theirs, cut.packed(impl), (*maps, *lins, *cut.weights), return_grad)
 
     mean, gx = reduction != "sum", None
     wants_target = torch.is_grad_enabled() and image is not None and image.requires_grad
@@ -263,7 +269,8 @@ def perceptual_loss(x: Tensor, target: Tensor | TargetCache, trunk: Any, *,
     if not return_grad:
         return loss
     gx = (fused(x.detach(), image)[1] if gx is None else gx).detach()
-    return loss, gx / torch.sym_max(gx.shape[0], 1) if reduction == "mean" else gx
+    gx = gx / torch.sym_max(gx.shape[0], 1) if reduction == "mean" else gx
+    return loss, gx.to(x.dtype)
 
 
 def _by_maps(cut: Cut, heads: tuple, lins: Sequence[Tensor], x: Tensor, image: Tensor | None,
