@@ -117,9 +117,9 @@ inline Tensor make(const Sizes& shape, Dtype dtype, Layout layout = Layout::cont
     t.stride[d] = t.elements;
     t.elements *= shape[d];
   }
-  const size_t bytes = static_cast<size_t>((t.elements + t.offset) * t.item());
-  t.memory = std::shared_ptr<char[]>(new char[bytes > 0 ? bytes : 1]);
-  std::memset(t.memory.get(), 0xFF, bytes);
+  const size_t size = static_cast<size_t>((t.elements + t.offset) * t.item());
+  t.memory = std::shared_ptr<char[]>(new char[size > 0 ? size : 1]);
+  std::memset(t.memory.get(), 0xFF, size);
   return t;
 }
 
