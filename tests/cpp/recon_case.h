@@ -270,9 +270,9 @@ struct Expected {
       element(static_cast<ReconKind>(p.c.kind), pred, target, p.c.scale, value, slope);
       Bounded& sum = loss[p.reduced_at(i)];
       sum.value += weight * value.value / divisor;
-      sum.size += std::fabs(weight) / divisor * (8 * value.size + terms / 64 * std::fabs(value.value));
+      sum.size += std::fabs(weight) / divisor * (3 * value.size + terms / 64 * std::fabs(value.value));
       const long double g = p.grad.at(p.at(p.grad, i)) * weight / divisor;
-      gradient[i] = {g * slope.value, 8 * std::fabs(g) * slope.size};
+      gradient[i] = {g * slope.value, 3 * std::fabs(g) * slope.size};
     }
   }
 
@@ -290,22 +290,26 @@ struct Expected {
         top = std::fmax(top, x[i]);
         total[row].value += counts[i];
         if (counts[i] != 0) drawn += counts[i] * x[i];
-        if (counts[i] != 0) size += counts[i] * (1 + std::fabs(x[i]));
       }
       const bool possible = top > -INFINITY;
-      for (long double value : x) sum += possible ? std::exp(value - top) : 0;
+      for (int64_t i = 0; possible && i < p.width; ++i) {
+        sum += std::exp(x[i] - top);
+        if (counts[i] != 0) size += counts[i] * (2 + top - x[i]);
+      }
       const long double log_sum = possible ? top + std::log(sum) : -INFINITY, counted = total[row].value;
-      lse[row] = {log_sum, 32 + 8 * std::fabs(top)};
+      // In fp32 the logits' common size is in fp64, and costs nothing.
+      const long double common = p.c.dtype == Dtype::f64 && possible ? std::fabs(top) : 0;
+      lse[row] = {log_sum, 8 + 4 * common};
       total[row].size = 16 * counted;
       loss[row] = {counted == 0 ? 0 : counted * log_sum - drawn,
-                   counted == 0 ? 0 : 32 * (size + counted * std::fabs(log_sum))};
+                   counted == 0 ? 0 : 8 * (size + counted * (1 + common))};
       const long double g = p.grad.at(row);
       for (int64_t i = 0; i < p.width; ++i) {
         const long double share = possible && counted != 0 ? counted * std::exp(x[i] - log_sum) : 0;
         const bool out = p.c.weight.bytes && x[i] == -INFINITY;
-        const long double spread = share == 0 ? 0 : share * (1 + std::fabs(x[i]) + std::fabs(log_sum));
+        const long double spread = share == 0 ? 0 : share * (2 + log_sum - x[i] + common);
         gradient[row * p.width + i] = {out ? 0 : g * (share - counts[i]),
-                                       out ? 0 : 16 * std::fabs(g) * (spread + counts[i])};
+                                       out ? 0 : 4 * std::fabs(g) * (spread + counts[i])};
       }
     }
   }

@@ -117,6 +117,15 @@ void test_levels() {
   }
 }
 
+// Logits whose common size leaves few digits in fp32 to what tells them apart.
+void test_large_logits() {
+  for (Dtype dtype : {Dtype::f32, Dtype::f64}) {
+    ReconProblem p({.shape = {3, 1500}, .dtype = dtype, .kind = kMultinomial});
+    for (int64_t i = 0; i < p.n; ++i) p.pred.set(i, p.pred.at(i) + 1e4);
+    for_each_isa([&](const std::string& isa) { check_values(p, run(p, serially), p.c.name() + ", " + isa); });
+  }
+}
+
 }  // namespace
 }  // namespace vaeops::test
 
@@ -127,5 +136,6 @@ int main() {
   test_sizes();
   test_threads();
   test_levels();
+  test_large_logits();
   return report();
 }
