@@ -63,7 +63,8 @@ void check(Bytes bytes) {
   const ReconProblem plain = problem(Layout::contiguous), other = problem(layout);
   cpu::set_isa(cpu::Isa::scalar);
   const ReconResults first = run(plain, serially);
-  if (!wild) check_values(plain, first, c.name());
+  constexpr double kSlack = 8;  // a fuzzer finds numbers whose roundings all go one way
+  if (!wild) check_values(plain, first, c.name(), kSlack);
   const std::vector<double> bits = first.values(plain);
   for_each_isa([&](const std::string& isa) {
     CHECK(same(run(other, backwards).values(other), bits), "%s, layout %d: %s", isa.c_str(), static_cast<int>(layout),
