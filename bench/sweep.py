@@ -35,6 +35,8 @@ CASES = [
     "gaussian/4096x256-fp32-sample",
     "gaussian/4096x256-fp32-freebits",
     "gaussian/128x20-fp32-batchmean",
+    "recon/bce_logits-256x3x64x64-fp32",
+    "recon/multinomial-512x100000-fp32",
     "vq/65536x1024x64",
     "vq/16384x8192x64",
     "vq/16384x8192x256",

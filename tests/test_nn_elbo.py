@@ -1,4 +1,4 @@
-"""ELBOLoss and the importance-weighted bound: what they compose, tracing, bad arguments."""
+"""The ELBO, ELBOLoss and the importance-weighted bound: what they compose, tracing, bad arguments."""
 
 import math
 
@@ -13,6 +13,23 @@ from vaeops.nn import ELBOLoss, KLSchedule
 def batch(rows=6, dtype=torch.float32):
     pred, mu, logvar = (torch.randn(rows, d, dtype=dtype, requires_grad=True) for d in (20, 4, 4))
     return pred, torch.rand(rows, 20, dtype=dtype), mu, logvar
+
+
+@pytest.mark.parametrize("reduction", ["sample", "batchmean", "sum"])
+@pytest.mark.parametrize("beta", [2.5, torch.tensor(2.5)], ids=["float", "tensor"])
+def test_elbo_is_its_two_terms(reduction, beta):
+    pred, target = torch.randn(6, 20, requires_grad=True), torch.rand(6, 20)
+    mu, logvar = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
+    latent = vaeops.reparam_kl(mu, logvar, reduction=reduction)
+    mask = torch.rand(6, 20) < 0.5
+    for given in (latent, latent.kl):
+        out = vaeops.elbo(pred, target, given, kind="mse", beta=beta, reduction=reduction, mask=mask)
+        recon = vaeops.recon_loss(pred, target, "mse", reduction=reduction, mask=mask)
+        assert torch.equal(out.recon, recon) and torch.equal(out.kl, latent.kl)
+        torch.testing.assert_close(out.loss, recon + 2.5 * latent.kl)
+    a = torch.autograd.grad(out.loss.sum(), (pred, mu, logvar), retain_graph=True)
+    b = torch.autograd.grad((recon + 2.5 * latent.kl).sum(), (pred, mu, logvar))
+    torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "sample"])

@@ -81,21 +81,31 @@ enum class Layout { contiguous, transposed, misaligned };
 // its elements, so that a sanitizer sees any access past them.
 struct Tensor {
   Dtype dtype = Dtype::f32;
-  Sizes stride;  // per logical dim; empty: absent
+  bool bytes = false;  // uint8 or bool instead of `dtype`
+  Sizes stride;        // per logical dim; empty: absent
   int64_t elements = 0, offset = 0;
   std::shared_ptr<char[]> memory;
 
-  char* data() const { return memory ? memory.get() + offset * bytes_of(dtype) : nullptr; }
+  int64_t item() const { return bytes ? 1 : bytes_of(dtype); }
+  char* data() const { return memory ? memory.get() + offset * item() : nullptr; }
   bool present() const { return memory != nullptr; }
-  double at(int64_t i) const { return read(data() + i * bytes_of(dtype), dtype); }
-  void set(int64_t i, double x) { write(data() + i * bytes_of(dtype), dtype, x); }
-  std::vector<char> contents() const { return {data(), data() + elements * bytes_of(dtype)}; }
+  double at(int64_t i) const { return bytes ? static_cast<uint8_t>(data()[i]) : read(data() + i * item(), dtype); }
+  void set(int64_t i, double x) {
+    if (bytes) {
+      data()[i] = static_cast<char>(static_cast<uint8_t>(x));
+    } else {
+      write(data() + i * item(), dtype, x);
+    }
+  }
+  std::vector<char> contents() const { return {data(), data() + elements * item()}; }
 };
 
 // `kept` says in which logical dims the tensor varies (empty: in all). Filled with 0xFF, which is NaN.
-inline Tensor make(const Sizes& shape, Dtype dtype, Layout layout = Layout::contiguous, std::vector<bool> kept = {}) {
+inline Tensor make(const Sizes& shape, Dtype dtype, Layout layout = Layout::contiguous, std::vector<bool> kept = {},
+                   bool bytes = false) {
   Tensor t;
   t.dtype = dtype;
+  t.bytes = bytes;
   t.offset = layout == Layout::misaligned ? 1 : 0;
   t.elements = 1;
   t.stride.assign(shape.size(), 0);
@@ -107,9 +117,9 @@ inline Tensor make(const Sizes& shape, Dtype dtype, Layout layout = Layout::cont
     t.stride[d] = t.elements;
     t.elements *= shape[d];
   }
-  const size_t bytes = static_cast<size_t>((t.elements + t.offset) * bytes_of(dtype));
-  t.memory = std::shared_ptr<char[]>(new char[bytes > 0 ? bytes : 1]);
-  std::memset(t.memory.get(), 0xFF, bytes);
+  const size_t size = static_cast<size_t>((t.elements + t.offset) * t.item());
+  t.memory = std::shared_ptr<char[]>(new char[size > 0 ? size : 1]);
+  std::memset(t.memory.get(), 0xFF, size);
   return t;
 }
 
@@ -170,6 +180,7 @@ struct Merge {
     Operand o;
     o.data = t.data();
     o.dtype = t.dtype;
+    o.bytes = t.bytes;
     o.linear = t.present();
     int64_t step = 1;
     for (size_t d = strides[k].size(); d-- > 0;) {

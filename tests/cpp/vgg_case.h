@@ -1,39 +1,16 @@
 // A small trunk with weights, and what it computes in fp64, step by step. Maps are [n, h, w, C].
 #pragma once
 #include <algorithm>
-#include <functional>
 #include <string>
-#include <thread>
 
 #include "check.h"
+#include "loops.h"
 #include "tensors.h"
 
 namespace vaeops::test {
 
 using Random = std::mt19937_64;
 using Values = std::vector<double>;
-
-inline void serially(int64_t n, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); }
-// Uneven ranges, the last one first.
-inline void backwards(int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
-  const int64_t cut = n / 3;
-  if (cut < n) body(context, cut, n);
-  if (cut > 0) body(context, 0, cut);
-}
-inline void on_threads(int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t i = 0; i < 3; ++i) {
-    if (n * i / 3 < n * (i + 1) / 3) threads.emplace_back(body, context, n * i / 3, n * (i + 1) / 3);
-  }
-  for (std::thread& thread : threads) thread.join();
-}
-
-inline void for_each_isa(const std::function<void(const std::string&)>& run) {
-  for (cpu::Isa isa : {cpu::Isa::scalar, cpu::Isa::avx2, cpu::Isa::avx512, cpu::Isa::amx}) {
-    if (cpu::set_isa(isa)) run("ISA " + std::to_string(static_cast<int>(isa)));
-  }
-  cpu::set_isa(cpu::best_isa());
-}
 
 // |a - b| / |b| over all elements.
 inline double error(const Values& a, const Values& b) {
