@@ -125,11 +125,7 @@ class VGGTrunk(nn.Module):
 
     def prepare(self, taps: Sequence[str | int], *, impl: str | None = None) -> "VGGTrunk":
         """Packs the weights down to the last tap now, instead of at the first use; returns the trunk."""
-        cut = self.cut(taps)
-        for convolution in range(len(cut.weights) // 2) if cut.norms else ():
-            cut.packed_layer(impl, convolution)
-        if not cut.norms:
-            cut.packed(impl)
+        self.cut(taps).packed(impl)
         return self
 
     def cut(self, taps: Sequence[str | int]) -> Cut:
@@ -145,7 +141,7 @@ class VGGTrunk(nn.Module):
             if self.bn == "batch":
                 each = [self._weights[6 * i : 6 * i + 6] for i in range(convolutions)]
                 weights = [t for six in each for t in six[:2]]
-                norms = [(six[2], six[3]) for six in each]
+                norms = [t for six in each for t in six[2:4]]
             algorithm = 2 if self.precision == "bf16" else 0 if self.winograd else 1
             self._cuts[codes] = Cut(layers, codes, tuple(weights), algorithm, self._constants, tuple(norms),
                                     vgg_weights.NORM_EPS, self._packs)  # fmt: skip

@@ -217,8 +217,8 @@ def perceptual_loss(x: Tensor, target: Tensor | TargetCache, trunk: Any, *,
         it; where both do, what `VGGTrunk.features` and `feature_distance` save. On a CPU the kernels take
         some images at a time, so memory does not grow with B. Each image's loss and gradient depend on that
         image alone, and are the same bits for any batch and number of threads. NaN and Inf stay in their
-        image. A trunk with bn="batch" mixes the images of a batch by intention: it runs composed PyTorch
-        that keeps its activations.
+        image. A trunk with bn="batch" mixes the images of a batch by intention: their loss is the same bits
+        for any number of threads, and backward keeps each convolution's output.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is taken; the same under torch.compile.
@@ -244,6 +244,7 @@ def perceptual_loss(x: Tensor, target: Tensor | TargetCache, trunk: Any, *,
 
     if cut.norms:
         check.scalar(op, reduction, return_grad)
+        check.several_values(op, x, cut.layers)
 
     def fused(ours: Tensor, theirs: Tensor | None) -> tuple[Tensor, Tensor]:
         pixels = cut.pixels(ours.dtype), cut.pixels(torch.float32 if theirs is None else theirs.dtype)
