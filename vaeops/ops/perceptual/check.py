@@ -122,7 +122,7 @@ def several_values(op: str, x: Tensor, layers: Sequence[int]) -> None:
             height, width = height // 2, width // 2
         elif x.shape[0] * height * width == 1:
             raise ValueError(
-                f"{op}: x: bn='batch' needs more than 1 value per channel at each convolution; one image of "
+                f"{op}: x: bn='batch' needs more than 1 value per channel at each convolution, one image of "
                 f"{x.shape[2]} x {x.shape[3]} pixels has 1 before the deepest tap"
             )
 
