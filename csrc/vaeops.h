@@ -184,7 +184,7 @@ struct VggBatchNorm {
   VggTrunk trunk;
   int64_t batch, height, width;
   const float *weight[kVggLayers], *bias[kVggLayers];  // [K]
-  float* stats[kVggLayers];                             // [2, K]: mean, rstd = 1 / sqrt(variance + eps)
+  float* stats[kVggLayers];                            // [2, K]: mean, rstd = 1 / sqrt(variance + eps)
   void* kept[kVggLayers];  // [B, h, w, K] fp32 or less: y, in the elements of the kernels in use
 };
 

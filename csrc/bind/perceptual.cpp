@@ -436,9 +436,9 @@ Tensor vgg_batchnorm_bwd(const std::vector<OptionalTensor>& grads, const Tensor&
     ++n;
   }
   Device::check(stats, "stats");
-  STD_TORCH_CHECK(stats.numel() == stats_floats(layers) && stats.scalar_type() == ScalarType::Float &&
-                      stats.is_contiguous(),
-                  "stats must be what vgg_batchnorm_fwd gave: ", stats_floats(layers), " floats");
+  STD_TORCH_CHECK(
+      stats.numel() == stats_floats(layers) && stats.scalar_type() == ScalarType::Float && stats.is_contiguous(),
+      "stats must be what vgg_batchnorm_fwd gave: ", stats_floats(layers), " floats");
   set_stats(call, layers, stats);
   const Tensor gx = Device::fresh(x, x.sizes().data(), 4, x.scalar_type());
   call.gx = gx.mutable_data_ptr();

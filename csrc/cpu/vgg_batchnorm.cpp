@@ -136,8 +136,8 @@ void join_statistics(const Step& s, int64_t batch, double eps, const float* piec
   }
 }
 
-// Gradients at v of images [first, first + n), given those at x (the batch's; null: none) and at the taps: their sums to
-// `pieces`, or, where that is null, the gradient at the convolution's output to gx [n, h, w, K].
+// Gradients at v of images [first, first + n), given those at x (the batch's; null: none) and at the taps: their sums
+// to `pieces`, or, where that is null, the gradient at the convolution's output to gx [n, h, w, K].
 struct Gradient {
   const void* x;
   const float* const* grad;
@@ -275,28 +275,27 @@ void vgg_batchnorm_backward(const VggBatchNormBackward& call, ParallelFor parall
     const Chunks chunks = net.chunks(s, call.batch, parallel);
     const int64_t pixels = l.height * l.width, conv_bytes = aligned(chunks.slots * net.scratch_bytes(s));
     const int64_t bytes = conv_bytes + aligned(chunks.images * pixels * l.out * element);
-    for_each_chunk(chunks, call.batch, bytes, parallel,
-                   [&](int64_t first, int64_t n, Scratch& scratch, ParallelFor inner) {
-                     const ConvScratch work{scratch.take(conv_bytes), chunks.slots};
-                     char* const at_output = scratch.take(n * pixels * l.out * element);
-                     norm_images_backward(net, s, g, first, n, nullptr, at_output, inner);
-                     ConvBackward conv{};
-                     conv.g = at_output;
-                     conv.packed = l.backward;
-                     conv.n = n;
-                     conv.h = l.height;
-                     conv.w = l.width;
-                     conv.in = l.in;
-                     conv.out = l.out;
-                     if (i == 0) {
-                       conv_first_backward(plan.algorithm, conv, call.rstd, gx + first * image, call.gx_dtype, work,
-                                           inner);
-                       return;
-                     }
-                     conv.gx = map[i % 2] + first * pixels * l.in * element;
-                     conv_backward(plan.algorithm, conv, work, inner);
-                     norm_images_backward(net, net.step[i - 1], below, first, n, pieces.data(), nullptr, inner);
-                   });
+    for_each_chunk(
+        chunks, call.batch, bytes, parallel, [&](int64_t first, int64_t n, Scratch& scratch, ParallelFor inner) {
+          const ConvScratch work{scratch.take(conv_bytes), chunks.slots};
+          char* const at_output = scratch.take(n * pixels * l.out * element);
+          norm_images_backward(net, s, g, first, n, nullptr, at_output, inner);
+          ConvBackward conv{};
+          conv.g = at_output;
+          conv.packed = l.backward;
+          conv.n = n;
+          conv.h = l.height;
+          conv.w = l.width;
+          conv.in = l.in;
+          conv.out = l.out;
+          if (i == 0) {
+            conv_first_backward(plan.algorithm, conv, call.rstd, gx + first * image, call.gx_dtype, work, inner);
+            return;
+          }
+          conv.gx = map[i % 2] + first * pixels * l.in * element;
+          conv_backward(plan.algorithm, conv, work, inner);
+          norm_images_backward(net, net.step[i - 1], below, first, n, pieces.data(), nullptr, inner);
+        });
     g = below;
   }
 }

@@ -308,6 +308,13 @@ def feature_distance_bwd(grad, a, b, lin, kind, mean, spatial) -> tuple[Tensor, 
     return torch.empty_like(a).copy_(grads[0]), torch.empty_like(b).copy_(grads[1])
 
 
+def _batch_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """((y - mean) rstd weight + bias, mean, rstd); PyTorch's own refuses an empty batch."""
+    if y.shape[0] == 0:
+        return y.clone(), torch.zeros_like(weight), torch.zeros_like(weight)
+    return torch.native_batch_norm(y, weight, bias, None, None, True, 0.0, eps)
+
+
 def batchnorm_run(x: Tensor, convolve: Convolve, norms: Sequence[Tensor], layers: Sequence[int],
                   taps: Sequence[int], eps: float) -> tuple[list[Tensor], list[Tensor], Tensor]:  # fmt: skip
     """(maps at the taps, each convolution's output, its mean and rstd [2 x all K]) of the normalised image x.
@@ -315,13 +322,15 @@ def batchnorm_run(x: Tensor, convolve: Convolve, norms: Sequence[Tensor], layers
     A batch norm on the statistics of the batch stands between each convolution and its ReLU. convolve(i, v,
     transposed): convolution i of v, or its input gradient.
     """
-    v, maps, kept, stats = x, [], [], []
+    v, maps = x, []
+    kept: list[Tensor] = []
+    stats: list[Tensor] = []
     with _without_autocast(x):
         for layer, channels in enumerate(layers):
             if channels:
-                norm = norms[2 * len(kept) : 2 * len(kept) + 2]
+                weight, bias = norms[2 * len(kept) : 2 * len(kept) + 2]
                 kept.append(convolve(len(kept), v, False))
-                v, *moments = torch.native_batch_norm(kept[-1], *norm, None, None, True, 0.0, eps)
+                v, *moments = _batch_norm(kept[-1], weight, bias, eps)
                 stats += moments
                 if 2 * layer in taps:
                     maps.append(v)
@@ -337,6 +346,8 @@ def batchnorm_run_back(grads: Sequence[Tensor | None], convolve: Convolve, norms
                        kept: Sequence[Tensor], stats: Tensor, layers: Sequence[int], taps: Sequence[int],
                        eps: float) -> Tensor:  # fmt: skip
     """The normalised image's gradient from those at the taps (None: none; one is there)."""
+    if kept[0].shape[0] == 0:
+        return stats.new_zeros((0, 3, *kept[0].shape[2:]))
     at_tap = {tap: g.to(stats.dtype) for tap, g in zip(taps, grads) if g is not None}
     moments = stats.split([channels for channels in layers if channels for _ in range(2)])
     deepest = max(at_tap) // 2
@@ -348,13 +359,13 @@ def batchnorm_run_back(grads: Sequence[Tensor | None], convolve: Convolve, norms
                 g = g + at_tap.get(2 * layer + 1, 0)
                 continue
             at -= 1
-            y, norm = kept[at], norms[2 * at : 2 * at + 2]
-            v = torch.native_batch_norm(y, *norm, None, None, True, 0.0, eps)[0]
+            y, weight, bias = kept[at], *norms[2 * at : 2 * at + 2]
+            v = _batch_norm(y, weight, bias, eps)[0]
             if layer < deepest and not layers[layer + 1]:
                 g = _unpool(g, v.relu())
             g = torch.where(v > 0, g + at_tap.get(2 * layer + 1, 0), 0) + at_tap.get(2 * layer, 0)
             g = torch.ops.aten.native_batch_norm_backward(
-                g, y, norm[0], None, None, *moments[2 * at : 2 * at + 2], True, eps, [True, False, False]
+                g, y, weight, None, None, *moments[2 * at : 2 * at + 2], True, eps, [True, False, False]
             )[0]
             g = convolve(at, g, True)
     return g

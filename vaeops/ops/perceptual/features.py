@@ -126,18 +126,17 @@ class _BatchFeatures(Function):
 
 def features(cut: Cut, x: Tensor, impl: str | None) -> list[Tensor]:
     """The maps of x at the taps of the cut, with a graph where x asks for one."""
-    packed, options = cut.packed(impl), (cut.layers, cut.taps, cut.pixels(x.dtype))
+    packed, where = cut.packed(impl), (cut.layers, cut.taps, cut.pixels(x.dtype))
     graph = torch.is_grad_enabled() and x.requires_grad
     if cut.norms:
-        options = (*options, cut.norm_eps, cut.algorithm)
+        options = (*where, cut.norm_eps, cut.algorithm)
         if graph:
             static = (impl, len(cut.weights) // 2, *options)
             return list(_BatchFeatures.apply(static, x, packed, *cut.weights, *cut.norms)[: len(cut.taps)])
         return BATCHNORM_FWD[impl](x.detach(), cut.weights, cut.norms, packed, *options, False)[0]
-    options = (*options, cut.algorithm)
     if graph:
-        return list(_Features.apply((impl, *options), x, packed, *cut.weights)[:-1])
-    return FEATURES_FWD[impl](x.detach(), cut.weights, packed, *options, False)[0]
+        return list(_Features.apply((impl, *where, cut.algorithm), x, packed, *cut.weights)[:-1])
+    return FEATURES_FWD[impl](x.detach(), cut.weights, packed, *where, cut.algorithm, False)[0]
 
 
 class TargetCache:
