@@ -39,21 +39,17 @@ VggTrunk trunk_of(const Integers& layers, const Integers& taps, int64_t algorith
   return trunk;
 }
 
-void set_packed(VggTrunk& trunk, const Tensor& packed, int64_t in_channels) {
+// A trunk whose last tap is its end, with packed weights.
+VggTrunk trunk_of(const Integers& layers, const Integers& taps, int64_t algorithm, const Tensor& packed) {
+  VggTrunk trunk = trunk_of(layers, taps, algorithm);
+  STD_TORCH_CHECK(!taps.empty() && taps.back() / 2 == trunk.layers - 1, "the last tap must be the last layer's");
   Device::check(packed, "packed");
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Float && packed.is_contiguous(),
                   "packed must be made by vgg_pack");
   trunk.packed = static_cast<const float*>(packed.data_ptr());
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(trunk.packed) % 64 == 0, "packed must be aligned to 64 bytes");
-  const char* const mismatch = cpu::vgg_packed_mismatch(trunk, in_channels, packed.numel());
+  const char* const mismatch = cpu::vgg_packed_mismatch(trunk, 3, packed.numel());
   STD_TORCH_CHECK(mismatch == nullptr, "packed ", mismatch == nullptr ? "" : mismatch, "; pack the weights again");
-}
-
-// A trunk whose last tap is its end, with packed weights.
-VggTrunk trunk_of(const Integers& layers, const Integers& taps, int64_t algorithm, const Tensor& packed) {
-  VggTrunk trunk = trunk_of(layers, taps, algorithm);
-  STD_TORCH_CHECK(!taps.empty() && taps.back() / 2 == trunk.layers - 1, "the last tap must be the last layer's");
-  set_packed(trunk, packed, 3);
   return trunk;
 }
 

@@ -114,7 +114,7 @@ class VGGTrunk(nn.Module):
 
         Channels_last strides; fp32 (bf16 for precision="bf16", fp64 for fp64), also under autocast. Gradient
         to x; saved for backward: x, a bit for each element before a ReLU and two for each pooled one. Double
-        backward raises. With bn="batch", activations are saved.
+        backward raises. With bn="batch", each convolution's output is saved.
         """
         return trunk_features("VGGTrunk.features", self, x, taps, impl)
 
