@@ -178,14 +178,28 @@ struct FeatureDistanceBackward : FeatureDistance {
   int64_t ga_stride[4], gb_stride[4];
 };
 
-// One 3x3 convolution of [B, h, w, C] to [B, h, w, K], or its input gradient; no ReLU. packed: vgg_pack of this layer.
-struct VggConv {
-  VggAlgorithm algorithm;
-  const float* x;
-  const float* packed;
-  int64_t batch, height, width, in, out;  // of the convolution itself, not of its transpose
-  bool transposed;
-  float* y;
+// A trunk with a batch norm between each convolution and its ReLU, on the statistics of the batch: of the convolution's
+// output y it makes (y - mean) rstd weight + bias, which is the tap before the ReLU. A pool follows a convolution. The
+// arrays go by layer; those of a pool are not read.
+struct VggBatchNorm {
+  VggTrunk trunk;
+  int64_t batch, height, width;
+  const float *weight[kVggLayers], *bias[kVggLayers];  // [K]
+  float* stats[kVggLayers];                            // [2, K]: mean, rstd = 1 / sqrt(variance + eps)
+  void* kept[kVggLayers];  // [B, h, w, K] fp32 or less: y, in the elements of the kernels in use
+};
+
+struct VggBatchNormFeatures : VggBatchNorm {  // kept null: not kept
+  VggImage image;
+  double eps;
+  float* map[kVggTaps];  // [B, h, w, K], one a tap
+};
+
+struct VggBatchNormBackward : VggBatchNorm {
+  const float* grad[kVggTaps];  // as the maps; null: no gradient reaches this tap
+  float rstd[3];                // of the image
+  void* gx;                     // [B, 3, H, W] contiguous, fp32, bf16 or f16
+  Dtype gx_dtype;
 };
 
 // Order of vaeops.ref.recon.ELEMENTWISE.
@@ -363,7 +377,8 @@ void vgg_features_backward(const VggFeaturesBackward& call, ParallelFor parallel
 void perceptual_forward(const PerceptualForward& call, ParallelFor parallel);
 void feature_distance_forward(const FeatureDistanceForward& call, ParallelFor parallel);
 void feature_distance_backward(const FeatureDistanceBackward& call, ParallelFor parallel);
-void vgg_conv(const VggConv& call, ParallelFor parallel);
+void vgg_batchnorm_features(const VggBatchNormFeatures& call, ParallelFor parallel);
+void vgg_batchnorm_backward(const VggBatchNormBackward& call, ParallelFor parallel);
 
 // Instruction set: the best that the machine has, unless a test asked for a lesser one.
 // amx: AVX-512, and tile products where a kernel has them.

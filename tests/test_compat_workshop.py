@@ -119,6 +119,45 @@ def test_running_statistics_drift_in_the_hooked_net_and_not_here():
     assert torch.equal(net.sequential()[1].running_mean, before)
 
 
+@pytest.mark.parametrize(("count", "height", "width"), [(1, 33, 30), (3, 8, 9), (2, 4, 5)])
+def test_sizes_that_no_pool_divides(count, height, width):
+    net, indices = trunk(), (5, 9, 15)
+    ours = HookPerceptualLoss(indices=indices, trunk=net)
+    theirs, exact = (Hooks(net.sequential()[:17].to(t), indices) for t in (torch.float32, torch.float64))
+    x = torch.rand(count, 3, height, width) * 2 - 1
+    x_recon = (x + 0.3 * torch.randn_like(x)).requires_grad_()
+    double = x_recon.detach().double().requires_grad_()
+    values = [ours(x_recon, x), theirs(x_recon, x), exact(double, x.double())]
+    found, literal, want = (
+        torch.autograd.grad(v, leaf)[0] for v, leaf in zip(values, (x_recon, x_recon, double))
+    )
+    assert relative(values[0], values[2]) < 3 * relative(values[1], values[2]) + 1e-6
+    assert relative(found, want) < 3 * relative(literal, want) + 2e-3
+
+
+def test_the_same_bits_on_any_number_of_threads():
+    ours, (x_recon, x) = HookPerceptualLoss(trunk=trunk()), images()
+    found = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        loss = ours(x_recon, x)
+        found.append((loss.detach(), *torch.autograd.grad(loss, x_recon)))
+    torch.set_num_threads(threads)
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
+
+
+def test_one_value_has_no_variance():
+    """As PyTorch's batch norm has it."""
+    net, x = trunk(), torch.rand(1, 3, 4, 7)
+    theirs, ours = Hooks(net.sequential()[:17], (5, 15)), HookPerceptualLoss(trunk=net)
+    for run in (theirs.maps, ours.encode, lambda x: ours(x, x)):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            run(x)
+    assert ours(x.expand(2, -1, -1, -1), x.expand(2, -1, -1, -1)) == 0
+
+
 @pytest.mark.parametrize("bn", ["batch", "eval"])
 def test_cached_target_and_gradient_of_the_target(bn):
     net = trunk(bn={"batch": "batch", "eval": "fold"}[bn])

@@ -309,10 +309,14 @@ def test_opcheck(impl):
         lin = torch.rand(5) if kind == 3 else None
         check("feature_distance_fwd", (a.detach(), b.detach(), lin, kind, True, kind != 4))
         check("feature_distance_bwd", (torch.rand(2), a.detach(), b.detach(), lin, kind, False, False))
-    for w, bias, transposed in ((weights[2], weights[3], False), (weights[2], None, True)):
-        v = torch.randn(2, w.shape[0 if transposed else 1], 5, 7)
-        pack = getattr(ops.vgg_pack, impl)(weights[2:4], w.shape[:1], 0)
-        check("vgg_conv", (v, w, bias, pack, transposed, 0))
+    norms = [t for w in weights[1::2] for t in (torch.rand_like(w), torch.randn_like(w))]
+    for keep in (True, False):
+        check("vgg_batchnorm_fwd", (x, weights, norms, packed, layers, taps, pixels, 1e-5, algorithm, keep))
+    made, kept, stats = getattr(ops.vgg_batchnorm_fwd, impl)(
+        x, weights, norms, packed, layers, taps, pixels, 1e-5, algorithm, True
+    )
+    check("vgg_batchnorm_bwd", ([made[0], None], x, weights, norms, packed, kept, stats, layers, taps, pixels,
+                                1e-5, algorithm))  # fmt: skip
 
 
 def test_the_saved_bits_are_few(impl):
@@ -324,21 +328,6 @@ def test_the_saved_bits_are_few(impl):
     )[1]
     elements = 64 * 256 + 2 * 64 * 64 + 128 * 64 + 2 * 128 * 16 + 2 * 256 * 16
     assert saved.dtype is torch.uint8 and saved.numel() == 2 * elements // 8
-
-
-@pytest.mark.parametrize("channels", [(3, 64), (64, 128), (256, 512)])
-@pytest.mark.parametrize("algorithm", [0, 1])
-def test_one_convolution(impl, channels, algorithm):
-    c, k = channels
-    x, g = torch.randn(2, c, 9, 14), torch.randn(2, k, 9, 14)
-    w, b = torch.randn(k, c, 3, 3) / (9 * c) ** 0.5, torch.randn(k)
-    packed = getattr(ops.vgg_pack, impl)([w, b], [k], algorithm)
-    conv = getattr(ops.vgg_conv, impl)
-    leaf = x.double().requires_grad_()
-    y = torch.nn.functional.conv2d(leaf, w.double(), b.double(), padding=1)
-    assert relative(conv(x, w, b, packed, False, algorithm), y) < 1e-5
-    want = torch.autograd.grad(y, leaf, g.double())[0]
-    assert relative(conv(g, w, None, packed, True, algorithm), want) < 1e-5
 
 
 # ---- layouts

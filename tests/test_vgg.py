@@ -150,6 +150,12 @@ def test_batch_statistics(impl):
     assert relative(again[0], ours[0]) < 1e-6 and relative(again[1], ours[1]) < 1e-6
 
 
+def test_batch_statistics_of_no_images(impl):
+    net, x = trunk("vgg11_bn", bn="batch"), torch.zeros(0, 3, 16, 16)
+    value, g = gradient(vaeops.perceptual_loss, x, x, net, taps=TAPS, impl=impl)
+    assert value == 0 and g.shape == x.shape
+
+
 def test_batch_statistics_compile():
     torch._dynamo.reset()
     net = trunk("vgg11_bn", bn="batch").prepare(TAPS)

@@ -78,7 +78,8 @@ struct Device {
   void run(const PerceptualForward& call) const { cpu::perceptual_forward(call, parallel); }
   void run(const FeatureDistanceForward& call) const { cpu::feature_distance_forward(call, parallel); }
   void run(const FeatureDistanceBackward& call) const { cpu::feature_distance_backward(call, parallel); }
-  void run(const VggConv& call) const { cpu::vgg_conv(call, parallel); }
+  void run(const VggBatchNormFeatures& call) const { cpu::vgg_batchnorm_features(call, parallel); }
+  void run(const VggBatchNormBackward& call) const { cpu::vgg_batchnorm_backward(call, parallel); }
   void normal(float* out, int64_t n, Noise noise) const { cpu::normal(out, n, noise, parallel); }
   void fold_in(const int64_t* seed, int64_t seed_stride, const int64_t* index, int64_t index_stride, int64_t* child,
                int64_t m) const {

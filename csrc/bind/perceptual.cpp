@@ -1,6 +1,7 @@
 // Torch glue of the perceptual family. Schemas, meaning and argument checks of the public functions:
 // vaeops/ops/perceptual/. These kernels serve CPU tensors; on CUDA the family runs in Triton.
 #if !defined(VAEOPS_CUDA)
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -38,21 +39,17 @@ VggTrunk trunk_of(const Integers& layers, const Integers& taps, int64_t algorith
   return trunk;
 }
 
-void set_packed(VggTrunk& trunk, const Tensor& packed, int64_t in_channels) {
+// A trunk whose last tap is its end, with packed weights.
+VggTrunk trunk_of(const Integers& layers, const Integers& taps, int64_t algorithm, const Tensor& packed) {
+  VggTrunk trunk = trunk_of(layers, taps, algorithm);
+  STD_TORCH_CHECK(!taps.empty() && taps.back() / 2 == trunk.layers - 1, "the last tap must be the last layer's");
   Device::check(packed, "packed");
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Float && packed.is_contiguous(),
                   "packed must be made by vgg_pack");
   trunk.packed = static_cast<const float*>(packed.data_ptr());
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(trunk.packed) % 64 == 0, "packed must be aligned to 64 bytes");
-  const char* const mismatch = cpu::vgg_packed_mismatch(trunk, in_channels, packed.numel());
+  const char* const mismatch = cpu::vgg_packed_mismatch(trunk, 3, packed.numel());
   STD_TORCH_CHECK(mismatch == nullptr, "packed ", mismatch == nullptr ? "" : mismatch, "; pack the weights again");
-}
-
-// A trunk whose last tap is its end, with packed weights.
-VggTrunk trunk_of(const Integers& layers, const Integers& taps, int64_t algorithm, const Tensor& packed) {
-  VggTrunk trunk = trunk_of(layers, taps, algorithm);
-  STD_TORCH_CHECK(!taps.empty() && taps.back() / 2 == trunk.layers - 1, "the last tap must be the last layer's");
-  set_packed(trunk, packed, 3);
   return trunk;
 }
 
@@ -341,28 +338,109 @@ std::tuple<Tensor, Tensor> feature_distance_bwd(const Tensor& grad_, const Tenso
   return {ga, gb};
 }
 
-Tensor vgg_conv(const Tensor& x_, const Tensor& weight, const OptionalTensor&, const Tensor& packed, bool transposed,
-                int64_t algorithm) {
-  Device::check(x_, "x");
-  STD_TORCH_CHECK(x_.dim() == 4 && weight.dim() == 4, "x must be [B, C, h, w], weight [K, C, 3, 3]");
-  VggConv call{};
-  call.algorithm = algorithm_of(algorithm);
-  call.in = weight.size(1);
-  call.out = weight.size(0);
-  call.transposed = transposed;
-  call.batch = x_.size(0);
-  call.height = x_.size(2);
-  call.width = x_.size(3);
-  VggTrunk trunk = trunk_of({call.out}, {}, algorithm);
-  set_packed(trunk, packed, call.in);
-  call.packed = trunk.packed;
-  const auto size = [&](int64_t channels) { return map_size(call.batch, channels, call.height, call.width); };
-  const Tensor x = as_map(x_, size(transposed ? call.out : call.in), ScalarType::Float, "x");
-  const Tensor y = fresh_map(x, size(transposed ? call.in : call.out), ScalarType::Float);
-  call.x = static_cast<const float*>(x.data_ptr());
-  call.y = static_cast<float*>(y.mutable_data_ptr());
-  if (y.numel() > 0) Device(x).run(call);
-  return y;
+// What both directions read. Tensors made here stay in `held`.
+void set_batchnorm(VggBatchNorm& call, const Tensor& x, const Tensors& norms, const Tensor& packed,
+                   const Integers& layers, const Integers& taps, int64_t algorithm, Tensors& held) {
+  call.trunk = trunk_of(layers, taps, algorithm, packed);
+  call.batch = x.size(0);
+  call.height = x.size(2);
+  call.width = x.size(3);
+  size_t at = 0;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    STD_TORCH_CHECK(layers[i] != 0 || layers[i - 1] != 0, "a pool must follow a convolution");
+    if (layers[i] == 0) continue;
+    STD_TORCH_CHECK(at + 1 < norms.size(), "norms must hold a weight and a bias for each convolution");
+    for (const float** const to : {&call.weight[i], &call.bias[i]}) {
+      const Tensor& part = norms[at++];
+      Device::check(part, "norms");
+      STD_TORCH_CHECK(part.dim() == 1 && part.size(0) == layers[i], "norms must be [", layers[i], "] at layer ", i);
+      held.push_back(contiguous_as(part, ScalarType::Float));
+      *to = static_cast<const float*>(held.back().data_ptr());
+    }
+  }
+  STD_TORCH_CHECK(at == norms.size(), "norms must hold a weight and a bias for each convolution");
+}
+
+// Of each convolution's output.
+std::vector<MapSize> output_sizes(const Integers& layers, const Tensor& x) {
+  Integers outputs;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if (layers[i] != 0) outputs.push_back(static_cast<int64_t>(2 * i));
+  }
+  return map_sizes(trunk_of(layers, outputs, 0), x);
+}
+
+// [2, K] a convolution, one after another.
+int64_t stats_floats(const Integers& layers) { return 2 * std::accumulate(layers.begin(), layers.end(), int64_t{0}); }
+void set_stats(VggBatchNorm& call, const Integers& layers, const Tensor& stats) {
+  auto* at = static_cast<float*>(stats.data_ptr());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    call.stats[i] = at;
+    at += 2 * layers[i];
+  }
+}
+
+std::tuple<Tensors, Tensors, Tensor> vgg_batchnorm_fwd(const Tensor& x, const Tensors&, const Tensors& norms,
+                                                       const Tensor& packed, const Integers& layers,
+                                                       const Integers& taps, const Numbers& pixels, double eps,
+                                                       int64_t algorithm, bool keep) {
+  VggBatchNormFeatures call{};
+  Tensors held, maps, kept;
+  call.image = image_of(x, pixels, "x");
+  call.eps = eps;
+  set_batchnorm(call, x, norms, packed, layers, taps, algorithm, held);
+  for (const MapSize& size : map_sizes(call.trunk, x)) {
+    maps.push_back(fresh_map(x, size, ScalarType::Float));
+    call.map[maps.size() - 1] = static_cast<float*>(maps.back().mutable_data_ptr());
+  }
+  if (keep) {
+    size_t layer = 0;
+    for (const MapSize& size : output_sizes(layers, x)) {
+      kept.push_back(fresh_map(x, size, ScalarType::Float));
+      while (layers[layer] == 0) ++layer;
+      call.kept[layer++] = kept.back().mutable_data_ptr();
+    }
+  }
+  const Tensor stats = Device::fresh_floats(x, stats_floats(layers));
+  set_stats(call, layers, stats);
+  Device(x).run(call);
+  return {maps, kept, stats};
+}
+
+Tensor vgg_batchnorm_bwd(const std::vector<OptionalTensor>& grads, const Tensor& x, const Tensors&,
+                         const Tensors& norms, const Tensor& packed, const Tensors& kept, const Tensor& stats,
+                         const Integers& layers, const Integers& taps, const Numbers& pixels, double,
+                         int64_t algorithm) {
+  VggBatchNormBackward call{};
+  Tensors held;
+  const VggImage image = image_of(x, pixels, "x");
+  STD_TORCH_CHECK(!image.uint8, "x must be floating point to have a gradient");
+  set_batchnorm(call, x, norms, packed, layers, taps, algorithm, held);
+  std::copy(image.rstd, image.rstd + 3, call.rstd);
+  STD_TORCH_CHECK(grads.size() == taps.size(), "grads must hold one for each tap");
+  const std::vector<MapSize> sizes = map_sizes(call.trunk, x), outputs = output_sizes(layers, x);
+  for (size_t t = 0; t < grads.size(); ++t) {
+    if (!grads[t]) continue;
+    held.push_back(as_map(*grads[t], sizes[t], ScalarType::Float, "grads"));
+    call.grad[t] = static_cast<const float*>(held.back().data_ptr());
+  }
+  STD_TORCH_CHECK(kept.size() == outputs.size(), "kept must hold what vgg_batchnorm_fwd kept of x");
+  for (size_t i = 0, n = 0; i < layers.size(); ++i) {
+    if (layers[i] == 0) continue;
+    held.push_back(as_map(kept[n], outputs[n], ScalarType::Float, "kept"));
+    call.kept[i] = held.back().data_ptr();
+    ++n;
+  }
+  Device::check(stats, "stats");
+  STD_TORCH_CHECK(
+      stats.numel() == stats_floats(layers) && stats.scalar_type() == ScalarType::Float && stats.is_contiguous(),
+      "stats must be what vgg_batchnorm_fwd gave: ", stats_floats(layers), " floats");
+  set_stats(call, layers, stats);
+  const Tensor gx = Device::fresh(x, x.sizes().data(), 4, x.scalar_type());
+  call.gx = gx.mutable_data_ptr();
+  call.gx_dtype = image.dtype;
+  Device(x).run(call);
+  return gx;
 }
 
 }  // namespace
@@ -382,7 +460,9 @@ STABLE_TORCH_LIBRARY_IMPL(vaeops, VAEOPS_DEVICE, m) {
   m.impl("feature_distance_fwd" VAEOPS_OVERLOAD, TORCH_BOX(&feature_distance_fwd));
   m.impl("feature_distance_bwd", TORCH_BOX(&feature_distance_bwd));
   m.impl("feature_distance_bwd" VAEOPS_OVERLOAD, TORCH_BOX(&feature_distance_bwd));
-  m.impl("vgg_conv", TORCH_BOX(&vgg_conv));
-  m.impl("vgg_conv" VAEOPS_OVERLOAD, TORCH_BOX(&vgg_conv));
+  m.impl("vgg_batchnorm_fwd", TORCH_BOX(&vgg_batchnorm_fwd));
+  m.impl("vgg_batchnorm_fwd" VAEOPS_OVERLOAD, TORCH_BOX(&vgg_batchnorm_fwd));
+  m.impl("vgg_batchnorm_bwd", TORCH_BOX(&vgg_batchnorm_bwd));
+  m.impl("vgg_batchnorm_bwd" VAEOPS_OVERLOAD, TORCH_BOX(&vgg_batchnorm_bwd));
 }
 #endif

@@ -1,5 +1,5 @@
-// A frozen trunk on a CPU: features, their backward from masks, the perceptual loss with its image gradient, and one
-// convolution alone. Specification: vaeops/ref/perceptual.py.
+// A frozen trunk on a CPU: features, their backward from masks, and the perceptual loss with its image gradient.
+// Specification: vaeops/ref/perceptual.py.
 #include <algorithm>
 
 #include "cpu/vgg_heads.h"
@@ -149,85 +149,6 @@ void perceptual_forward(const PerceptualForward& call, ParallelFor parallel) {
                    backward(chunk_plan, n, reached, true, saved, 0, call.image.rstd,
                             static_cast<char*>(call.gx) + first * image, call.gx_dtype, work, inner);
                  });
-}
-
-namespace {
-
-// An image of normalised values.
-VggImage plain_image(const float* x /* [n, h, w, 3] */, int64_t height, int64_t width) {
-  VggImage image{};
-  image.data = x;
-  const int64_t stride[4] = {height * width * 3, 1, width * 3, 3};
-  std::copy(stride, stride + 4, image.stride);
-  std::fill_n(image.rstd, 3, 1.0f);
-  return image;
-}
-
-}  // namespace
-
-void vgg_conv(const VggConv& call, ParallelFor parallel) {
-  if (call.batch == 0) return;
-  VggTrunk trunk{};
-  trunk.layers = 1;
-  trunk.channels[0] = call.out;
-  trunk.packed = call.packed;
-  trunk.algorithm = call.algorithm;
-  const TrunkPlan plan(trunk, call.in, call.batch, call.height, call.width);
-  const TrunkLayer& l = plan.layer[0];
-  const bool first = call.in == 3, half = plan.element() == 2;
-  const int64_t pixels = call.height * call.width, slots = threads_of(parallel);
-  const int64_t from = pixels * (call.transposed ? call.out : call.in);
-  const int64_t to = pixels * (call.transposed ? call.in : call.out);
-  // Images are converted a chunk at a time where the kernels take or give something else.
-  const bool turned = first && call.transposed, in_half = half && !(first && !call.transposed),
-             out_half = half && !turned;
-  const bool staged = in_half || out_half || turned;
-  const int64_t n = staged ? std::clamp<int64_t>(kChunkBytes / (4 * std::max(from, to)), 1, call.batch) : call.batch;
-  const int64_t bytes = aligned(slots * plan.conv_scratch) + (staged ? aligned(4 * n * from) + aligned(4 * n * to) : 0);
-  Scratch scratch(bytes);
-  const ConvScratch conv{scratch.take(slots * plan.conv_scratch), slots};
-  char *const staged_x = staged ? scratch.take(4 * n * from) : nullptr, *const staged_y =
-                                                                            staged ? scratch.take(4 * n * to) : nullptr;
-  for (int64_t begin = 0; begin < call.batch; begin += n) {
-    const int64_t count = std::min(n, call.batch - begin);
-    const float* const x = call.x + begin * from;
-    float* const y = call.y + begin * to;
-    if (in_half) convert_all<bf16, float>(x, staged_x, count * from, parallel);
-    const void* const source = in_half ? static_cast<const void*>(staged_x) : x;
-    void* const result = staged && (out_half || turned) ? static_cast<void*>(staged_y) : y;
-    if (call.transposed) {
-      ConvBackward part{};
-      part.g = source;
-      part.packed = l.backward;
-      part.n = count;
-      part.h = call.height;
-      part.w = call.width;
-      part.in = call.in;
-      part.out = call.out;
-      part.gx = result;
-      const float one[3] = {1, 1, 1};
-      turned ? conv_first_backward(plan.algorithm, part, one, result, Dtype::f32, conv, parallel)
-             : conv_backward(plan.algorithm, part, conv, parallel);
-    } else {
-      ConvForward part{};
-      part.x = source;
-      part.packed = l.forward;
-      part.n = count;
-      part.h = call.height;
-      part.w = call.width;
-      part.in = call.in;
-      part.out = call.out;
-      part.y = result;
-      first ? conv_first(plan.algorithm, plain_image(x, call.height, call.width), 0, part, conv, parallel)
-            : conv_forward(plan.algorithm, part, conv, parallel);
-    }
-    if (out_half) convert_all<float, bf16>(staged_y, y, count * to, parallel);
-    if (!turned) continue;
-    const float* const planes = reinterpret_cast<const float*>(staged_y);  // [n, 3, h, w]
-    for (int64_t i = 0; i < count * pixels; ++i) {
-      for (int64_t c = 0; c < 3; ++c) y[3 * i + c] = planes[(i / pixels * 3 + c) * pixels + i % pixels];
-    }
-  }
 }
 
 }  // namespace vaeops::cpu

@@ -73,9 +73,9 @@ int64_t threads_of(ParallelFor parallel) {
   return ranges.load();
 }
 
-Chunks chunks_of(const TrunkPlan& plan, int64_t batch, ParallelFor parallel) {
+Chunks chunks_of(int64_t image_bytes, int64_t chunk_bytes, int64_t batch, ParallelFor parallel) {
   const int64_t threads = threads_of(parallel);
-  const int64_t most = std::max<int64_t>(1, kChunkBytes / (plan.most_map * plan.element()));
+  const int64_t most = std::max<int64_t>(1, chunk_bytes / image_bytes);
   Chunks chunks{};
   chunks.count = ceil_div(batch, most);
   chunks.outer = batch >= threads;

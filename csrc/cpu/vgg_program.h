@@ -50,7 +50,11 @@ struct Chunks {
 
 // How many ranges the caller's loop is cut into: its threads.
 int64_t threads_of(ParallelFor parallel);
-Chunks chunks_of(const TrunkPlan& plan, int64_t batch, ParallelFor parallel);
+// Chunks of about `chunk_bytes`, an image counting for `image_bytes`.
+Chunks chunks_of(int64_t image_bytes, int64_t chunk_bytes, int64_t batch, ParallelFor parallel);
+inline Chunks chunks_of(const TrunkPlan& plan, int64_t batch, ParallelFor parallel) {
+  return chunks_of(plan.most_map * plan.element(), kChunkBytes, batch, parallel);
+}
 
 // Buffers that a pass through the layers needs.
 struct Work {

@@ -417,42 +417,6 @@ void test_packed() {
   CHECK(cpu::vgg_packed_mismatch(trunk, 3, floats) != nullptr, "another algorithm");
 }
 
-void test_conv() {
-  for_each_isa([](const std::string& isa) {
-    for (const int64_t in : {3, 16}) {
-      for (const VggAlgorithm algorithm : {VggAlgorithm::winograd, VggAlgorithm::direct, VggAlgorithm::bf16}) {
-        const int64_t n = 3, h = 7, w = 10, out = 32;
-        Trunk weights({out}, {0});
-        weights.weights[0] = make({out, in, 3, 3}, Dtype::f32);
-        Random random(3);
-        fill(weights.weights[0], random, -0.3, 0.3);
-        VggTrunk trunk = weights.trunk(algorithm);
-        Floats memory(static_cast<size_t>(cpu::vgg_packed_floats(trunk, in) + 16));
-        float* packed = memory.data();
-        while (reinterpret_cast<uintptr_t>(packed) % 64 != 0) ++packed;
-        const float* const parts[2] = {reinterpret_cast<const float*>(weights.weights[0].data()),
-                                       reinterpret_cast<const float*>(weights.weights[1].data())};
-        cpu::vgg_pack(trunk, in, parts, packed, serially);
-        for (const bool transposed : {false, true}) {
-          const int64_t from = transposed ? out : in, to = transposed ? in : out;
-          Tensor x = make({n, h, w, from}, Dtype::f32);
-          fill(x, random, -1, 1);
-          const Map expected = convolve({h, w, from, values_of(x)}, n, weights.weights[0],
-                                        transposed ? nullptr : &weights.weights[1], in, out, transposed);
-          Floats y(expected.at.size(), NAN);
-          cpu::vgg_conv(
-              {algorithm, reinterpret_cast<const float*>(x.data()), packed, n, h, w, in, out, transposed, y.data()},
-              on_threads);
-          const double wrong = error(wide(y), expected.at);
-          CHECK(wrong <= (algorithm == VggAlgorithm::bf16 ? 1e-2 : 1e-5),
-                "%d to %d channels, algorithm %d, %s: off by %g", static_cast<int>(from), static_cast<int>(to),
-                static_cast<int>(algorithm), isa.c_str(), wrong);
-        }
-      }
-    }
-  });
-}
-
 }  // namespace
 }  // namespace vaeops::test
 
@@ -464,6 +428,5 @@ int main() {
   vaeops::test::test_memory();
   vaeops::test::test_special();
   vaeops::test::test_packed();
-  vaeops::test::test_conv();
   return vaeops::test::report();
 }

@@ -24,7 +24,8 @@ class HookPerceptualLoss(nn.Module):
         - Batch norm runs in training mode, since nobody calls `.eval()`: bn="batch". Each call normalizes by
           its own batch, reconstructions by theirs and images by theirs, so an image's loss depends on the
           others in its batch, and features of unlike batches are compared after each was whitened alone.
-          bn="eval" takes the running statistics: images are then independent and the fused kernels serve.
+          bn="eval" takes the running statistics: images are then independent, and a gradient is all that is
+          kept for backward.
           The hooked net's running statistics also drift with each call; nothing reads them in training mode,
           and here they stay as they were loaded.
         - The ReLU after a hooked layer works in place, on the very tensor that the hook kept. So index 15,

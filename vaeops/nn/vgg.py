@@ -118,7 +118,7 @@ class VGGTrunk(nn.Module):
 
         Channels_last strides; fp32 (bf16 for precision="bf16", fp64 for fp64), also under autocast. Gradient
         to x; saved for backward: x, a bit for each element before a ReLU and two for each pooled one. Double
-        backward raises. With bn="batch", activations are saved.
+        backward raises. With bn="batch", each convolution's output is saved.
         """
         return trunk_features("VGGTrunk.features", self, x, taps, impl)
 
@@ -134,11 +134,7 @@ class VGGTrunk(nn.Module):
 
     def prepare(self, taps: Sequence[str | int], *, impl: str | None = None) -> "VGGTrunk":
         """Packs the weights down to the last tap now, instead of at the first use; returns the trunk."""
-        cut = self.cut(taps)
-        for convolution in range(len(cut.weights) // 2) if cut.norms else ():
-            cut.packed_layer(impl, convolution)
-        if not cut.norms:
-            cut.packed(impl)
+        self.cut(taps).packed(impl)
         return self
 
     def cut(self, taps: Sequence[str | int]) -> Cut:
@@ -154,7 +150,7 @@ class VGGTrunk(nn.Module):
             if self.bn == "batch":
                 each = [self._weights[6 * i : 6 * i + 6] for i in range(convolutions)]
                 weights = [t for six in each for t in six[:2]]
-                norms = [(six[2], six[3]) for six in each]
+                norms = [t for six in each for t in six[2:4]]
             algorithm = 2 if self.precision == "bf16" else 0 if self.winograd else 1
             self._cuts[codes] = Cut(layers, codes, tuple(weights), algorithm, self._constants, tuple(norms),
                                     vgg_weights.NORM_EPS, self._packs)  # fmt: skip

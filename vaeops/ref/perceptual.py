@@ -16,12 +16,14 @@ algorithm  of the convolutions, an index into ALGORITHMS. "bf16" rounds weights,
 fp32, and so it stays under autocast.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Convolve = Callable[[int, Tensor, bool], Tensor]
 ARCHS = {
     "vgg11": (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0),
     "vgg13": (64, 64, 0, 128, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0),
@@ -307,13 +309,97 @@ def feature_distance_bwd(grad, a, b, lin, kind, mean, spatial) -> tuple[Tensor, 
     return torch.empty_like(a).copy_(grads[0]), torch.empty_like(b).copy_(grads[1])
 
 
-def vgg_conv(x, weight, bias, packed, transposed, algorithm) -> Tensor:
-    """One 3x3 convolution of [B, C, h, w], or its input gradient; fp32 (fp64 for fp64), channels_last."""
-    dtype = compute_dtype(x, weight)
-    x, weight = (_rounded(t.to(dtype), algorithm) for t in (x, weight))
+def _batch_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """((y - mean) rstd weight + bias, mean, rstd); PyTorch's own refuses an empty batch."""
+    if y.shape[0] == 0:
+        return y.clone(), torch.zeros_like(weight), torch.zeros_like(weight)
+    return torch.native_batch_norm(y, weight, bias, None, None, True, 0.0, eps)
+
+
+def batchnorm_run(x: Tensor, convolve: Convolve, norms: Sequence[Tensor], layers: Sequence[int],
+                  taps: Sequence[int], eps: float) -> tuple[list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+    """(maps at the taps, each convolution's output, its mean and rstd [2 x all K]) of the normalised image x.
+
+    A batch norm on the statistics of the batch stands between each convolution and its ReLU. convolve(i, v,
+    transposed): convolution i of v, or its input gradient.
+    """
+    v, maps = x, []
+    kept: list[Tensor] = []
+    stats: list[Tensor] = []
     with _without_autocast(x):
-        if transposed:
-            y = F.conv_transpose2d(x, weight, padding=1)
-        else:
-            y = F.conv2d(x, weight, None if bias is None else bias.to(dtype), padding=1)
-    return _channels_last(y, dtype)
+        for layer, channels in enumerate(layers):
+            if channels:
+                weight, bias = norms[2 * len(kept) : 2 * len(kept) + 2]
+                kept.append(convolve(len(kept), v, False))
+                v, *moments = _batch_norm(kept[-1], weight, bias, eps)
+                stats += moments
+                if 2 * layer in taps:
+                    maps.append(v)
+                v = v.relu()
+            else:
+                v = F.max_pool2d(v, 2)
+            if 2 * layer + 1 in taps:
+                maps.append(v)
+    return maps, kept, torch.cat(stats)
+
+
+def batchnorm_run_back(grads: Sequence[Tensor | None], convolve: Convolve, norms: Sequence[Tensor],
+                       kept: Sequence[Tensor], stats: Tensor, layers: Sequence[int], taps: Sequence[int],
+                       eps: float) -> Tensor:  # fmt: skip
+    """The normalised image's gradient from those at the taps (None: none; one is there)."""
+    if kept[0].shape[0] == 0:
+        return stats.new_zeros((0, 3, *kept[0].shape[2:]))
+    at_tap = {tap: g.to(stats.dtype) for tap, g in zip(taps, grads) if g is not None}
+    moments = stats.split([channels for channels in layers if channels for _ in range(2)])
+    deepest = max(at_tap) // 2
+    at = sum(bool(channels) for channels in layers[: deepest + 1])
+    g: Any = 0
+    with _without_autocast(stats):
+        for layer in range(deepest, -1, -1):
+            if not layers[layer]:
+                g = g + at_tap.get(2 * layer + 1, 0)
+                continue
+            at -= 1
+            y, weight, bias = kept[at], *norms[2 * at : 2 * at + 2]
+            v = _batch_norm(y, weight, bias, eps)[0]
+            if layer < deepest and not layers[layer + 1]:
+                g = _unpool(g, v.relu())
+            g = torch.where(v > 0, g + at_tap.get(2 * layer + 1, 0), 0) + at_tap.get(2 * layer, 0)
+            g = torch.ops.aten.native_batch_norm_backward(
+                g, y, weight, None, None, *moments[2 * at : 2 * at + 2], True, eps, [True, False, False]
+            )[0]
+            g = convolve(at, g, True)
+    return g
+
+
+def _convolutions(weights: Sequence[Tensor], algorithm: int, dtype: torch.dtype) -> Convolve:
+    def convolve(i: int, v: Tensor, transposed: bool) -> Tensor:
+        w, b = (t.to(dtype) for t in weights[2 * i : 2 * i + 2])
+        v, w = (_rounded(t, algorithm) for t in (v, w))
+        y = F.conv_transpose2d(v, w, padding=1) if transposed else F.conv2d(v, w, b, padding=1)
+        return _channels_last(y, dtype)
+
+    return convolve
+
+
+def vgg_batchnorm_fwd(x, weights, norms, packed, layers, taps, pixels, eps, algorithm,
+                      keep) -> tuple[list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+    """`batchnorm_run` of an image. Maps are fp32 (fp64 for fp64) whatever the algorithm, channels_last.
+
+    norms: [weight, bias] of each batch norm, [K]. kept: what backward needs of each convolution's output, in
+    the form of the implementation; empty without `keep`.
+    """
+    dtype = compute_dtype(x, *weights)
+    maps, kept, stats = batchnorm_run(normalized(x, pixels, dtype), _convolutions(weights, algorithm, dtype),
+                                      [t.to(dtype) for t in norms], layers, taps, eps)  # fmt: skip
+    return [_channels_last(m, dtype) for m in maps], kept if keep else [], stats
+
+
+def vgg_batchnorm_bwd(
+    grads, x, weights, norms, packed, kept, stats, layers, taps, pixels, eps, algorithm
+) -> Tensor:
+    """The image's gradient [B, 3, H, W], contiguous."""
+    dtype = compute_dtype(x, *weights)
+    g = batchnorm_run_back(grads, _convolutions(weights, algorithm, dtype), [t.to(dtype) for t in norms],
+                           kept, stats, layers, taps, eps)  # fmt: skip
+    return (g * torch.tensor(pixels[3:], dtype=dtype, device=x.device).view(3, 1, 1)).to(x.dtype).contiguous()

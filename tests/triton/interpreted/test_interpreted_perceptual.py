@@ -295,19 +295,25 @@ def test_equal_images():
     assert not losses.any() and not gx.any()
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("C, K", [(3, 16), (16, 40), (136, 24), (24, 136)])
-def test_one_convolution(C, K, transposed):
-    weight, bias = normal(K, C, 3, 3, seed=1) / (9 * C) ** 0.5, normal(K)
-    x = normal(2, K if transposed else C, 9, 7)
-    for algorithm in (FP32, BF16):
-        packed = perceptual.vgg_pack([weight, bias], [K], algorithm)
-        for b in (bias, None):
-            ours, want = (f.vgg_conv(x, weight, b, packed, transposed, algorithm) for f in (perceptual, ref))
-            assert ours.dtype is torch.float32 and ours.stride() == want.stride()
-            assert relative(ours, want) < (1e-6 if algorithm == FP32 else 4e-3)
-    assert perceptual.vgg_conv(x[:0], weight, bias, perceptual.vgg_pack([weight, bias], [K], FP32),
-                               transposed, FP32).shape[0] == 0  # fmt: skip
+@pytest.mark.parametrize("algorithm", [FP32, BF16])
+def test_batch_statistics(algorithm):
+    """Layers that Triton makes and layers that ATen makes; taps before and behind a ReLU, and a pool."""
+    layers, taps = (16, 40, 0, 136, 24), (1, 2, 5, 7, 9)
+    x, weights = normal(2, 3, 9, 14, seed=7).clamp(-1, 1), weights_of(layers)
+    norms = [t for b in weights[1::2] for t in (b.exp(), 0.3 * b)]
+    options = layers, taps, PIXELS, 1e-5, algorithm
+    packed, near = perceptual.vgg_pack(weights, layers, algorithm), 2e-6 if algorithm == FP32 else 2e-2
+    ours, want = (f.vgg_batchnorm_fwd(x, weights, norms, packed, *options, True) for f in (perceptual, ref))
+    for a, b in zip((*ours[0], *ours[1]), (*want[0], *want[1]), strict=True):
+        assert a.dtype is torch.float32 and a.stride() == b.stride() and relative(a, b) < near
+    assert relative(ours[2], want[2]) < near
+    grads = [None, *(normal(*m.shape, seed=tap) for tap, m in zip(taps[1:], want[0][1:]))]
+    ours, want = (
+        f.vgg_batchnorm_bwd(grads, x, weights, norms, packed, *want[1:], *options) for f in (perceptual, ref)
+    )
+    assert ours.is_contiguous() and relative(ours, want) < near
+    none = perceptual.vgg_batchnorm_fwd(x[:0], weights, norms, packed, *options, False)
+    assert [len(m) for m in none[0]] == [0] * len(taps) and none[1] == []
 
 
 def test_what_it_refuses():

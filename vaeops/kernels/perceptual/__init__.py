@@ -6,7 +6,8 @@ from .distance import (
 )
 from .trunk import (
     perceptual_fwd as perceptual_fwd,
-    vgg_conv as vgg_conv,
+    vgg_batchnorm_bwd as vgg_batchnorm_bwd,
+    vgg_batchnorm_fwd as vgg_batchnorm_fwd,
     vgg_features_bwd as vgg_features_bwd,
     vgg_features_fwd as vgg_features_fwd,
     vgg_pack as vgg_pack,

@@ -22,7 +22,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...ref.perceptual import DISTANCES, map_dtype, map_shapes, saved_bytes
+from ...ref.perceptual import (
+    DISTANCES,
+    Convolve,
+    batchnorm_run,
+    batchnorm_run_back,
+    map_dtype,
+    map_shapes,
+    normalized,
+    saved_bytes,
+)
 from .. import _layout as layout
 from . import conv, distance, pool
 
@@ -253,28 +262,47 @@ def perceptual_fwd(
     return losses, gx
 
 
-def vgg_conv(x, weight, bias, packed, transposed, algorithm):
-    """`vaeops::vgg_conv`."""
-    K, C = weight.shape[:2]
-    (made,) = unpack(packed, [(C, K)], map_dtype(algorithm, x, weight))
-    shape = (len(x), C if transposed else K, *x.shape[2:])
-    y = new_map(x, shape, torch.float32)
-    if y.numel() == 0:
-        return y
-    bias = None if bias is None else bias.float().contiguous()
-    outputs = (y, None, None, None, None)
-    with layout.guard(x), _without_autocast(x):
+def _convolutions(packed: Tensor, weights: Sequence[Tensor], algorithm: int) -> Convolve:
+    """Between fp32 maps; a first one takes the normalised image."""
+    channels = [(w.shape[1], w.shape[0]) for w in weights[::2]]
+    all_made = unpack(packed, channels, map_dtype(algorithm, *weights))
+
+    def convolve(i: int, x: Tensor, transposed: bool) -> Tensor:
+        made, (C, K) = all_made[i], channels[i]
+        y = new_map(x, (len(x), C if transposed else K, *x.shape[2:]), torch.float32)
+        if y.numel() == 0:
+            return y
+        outputs = (y, None, None, None, None)
         if C == 3 and not transposed:
-            conv.run_conv_first(x, PLAIN, made.weight, bias, False, outputs)
+            conv.run_conv_first(x, PLAIN, made.weight, made.bias, False, outputs)
             return y
         x = x.to(dtype=made.weight.dtype, memory_format=torch.channels_last)
         if C == 3:
             conv.run_conv_first_bwd(x, made.rotated, PLAIN[3:], y)
         elif made.wide:
-            product = made.aten(x, transposed)
-            pool.run_finish(product, None if transposed else bias, False, outputs)
+            pool.run_finish(made.aten(x, transposed), None if transposed else made.bias, False, outputs)
         elif transposed:
             conv.run_conv_bwd(x, made.rotated, NOTHING, y)
         else:
-            conv.run_conv(x, made.weight, bias, False, outputs)
-    return y
+            conv.run_conv(x, made.weight, made.bias, False, outputs)
+        return y
+
+    return convolve
+
+
+def vgg_batchnorm_fwd(x, weights, norms, packed, layers, taps, pixels, eps, algorithm, keep):
+    """`vaeops::vgg_batchnorm_fwd`: PyTorch's batch norm between the convolutions above."""
+    with layout.guard(x):
+        maps, kept, stats = batchnorm_run(normalized(x, pixels, torch.float32),
+                                          _convolutions(packed, weights, algorithm), norms, layers, taps,
+                                          eps)  # fmt: skip
+    return [new_map(m, m.shape, m.dtype).copy_(m) for m in maps], kept if keep else [], stats
+
+
+def vgg_batchnorm_bwd(grads, x, weights, norms, packed, kept, stats, layers, taps, pixels, eps, algorithm):
+    """`vaeops::vgg_batchnorm_bwd`."""
+    with layout.guard(x):
+        g = batchnorm_run_back(
+            grads, _convolutions(packed, weights, algorithm), norms, kept, stats, layers, taps, eps
+        )
+        return (g * g.new_tensor(pixels[3:]).view(3, 1, 1)).to(x.dtype).contiguous()

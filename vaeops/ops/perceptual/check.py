@@ -114,6 +114,19 @@ def deep_enough(op: str, x: Tensor, layers: Sequence[int]) -> None:
         )
 
 
+def several_values(op: str, x: Tensor, layers: Sequence[int]) -> None:
+    """Each channel of each convolution has a variance."""
+    height, width = x.shape[2:]
+    for channels in layers:
+        if not channels:
+            height, width = height // 2, width // 2
+        elif x.shape[0] * height * width == 1:
+            raise ValueError(
+                f"{op}: x: bn='batch' needs more than 1 value per channel at each convolution, one image of "
+                f"{x.shape[2]} x {x.shape[3]} pixels has 1 before the deepest tap"
+            )
+
+
 def weights(op: str, name: str, values: Any, count: int) -> tuple[float, ...]:
     """A number for each tap; None: 1."""
     if values is None:

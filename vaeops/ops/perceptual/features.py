@@ -1,14 +1,15 @@
 """The maps of a frozen trunk, differentiable in the image, and what an op takes of a trunk.
 
-Backward needs no activations: a bit for each ReLU and two for each pooled element are kept.
+Backward needs no activations: a bit for each ReLU and two for each pooled element are kept. Batch norm on the
+statistics of the batch needs them: the convolutions' outputs are kept.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
@@ -17,7 +18,7 @@ from ...ref import perceptual as ref
 from .._autograd import Once
 from .._library import check_impl
 from . import check
-from .trunk import CONV, FEATURES_BWD, FEATURES_FWD, PACK
+from .trunk import BATCHNORM_BWD, BATCHNORM_FWD, FEATURES_BWD, FEATURES_FWD, PACK
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class Cut:
 
     layers, taps, algorithm: as there.
     weights: [w0, b0, ...]; batch norm folded in, unless `norms` is there.
-    norms: (weight, bias) of the batch norm after each convolution, which takes the batch's statistics.
+    norms: [weight, bias, ...] of the batch norm after each convolution, which takes the batch's statistics.
     constants: `pixels` of floating-point images, and of uint8 images.
     packs: packed weights by what was packed, shared by all cuts of a trunk.
     """
@@ -36,7 +37,7 @@ class Cut:
     weights: tuple[Tensor, ...]
     algorithm: int
     constants: tuple[tuple[float, ...], tuple[float, ...]]
-    norms: tuple[tuple[Tensor, Tensor], ...] = ()
+    norms: tuple[Tensor, ...] = ()
     norm_eps: float = 1e-5
     packs: dict[Any, Tensor] = field(default_factory=dict)
 
@@ -53,20 +54,12 @@ class Cut:
 
     def packed(self, impl: str | None) -> Tensor:
         """All weights, packed by `impl`: once for each depth."""
-        return self._pack(impl, self.layers, self.weights, self.layers)
-
-    def packed_layer(self, impl: str | None, convolution: int) -> Tensor:
-        """The weights of one convolution."""
-        weights = self.weights[2 * convolution : 2 * convolution + 2]
-        return self._pack(impl, convolution, weights, weights[0].shape[:1])
-
-    def _pack(self, impl: str | None, part: Any, weights: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
         # bf16 is packed for the instruction set that is to multiply it.
-        key = impl, part, _native.isa() if self.algorithm == 2 else None
+        key = impl, self.layers, _native.isa() if self.algorithm == 2 else None
         if key in self.packs:
             return self.packs[key]
         with torch.inference_mode(False), torch.no_grad():  # a graph may keep it for backward
-            made = PACK[impl](weights, layers, self.algorithm)
+            made = PACK[impl](self.weights, self.layers, self.algorithm)
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             made = torch.func.debug_unwrap(made)  # it outlives the transform
         if type(made) is Tensor:  # and not what an export calculates with
@@ -104,67 +97,56 @@ class _Features(Function):
         return None, gx, *nothing
 
 
-class _Conv(Function):
-    """A convolution of (static, x, weight, bias, packed), differentiable in x."""
+class _BatchFeatures(Function):
+    """(*maps, *kept, stats) of (static, x, packed, *weights, *norms); kept: an output of each convolution."""
 
     @staticmethod
-    def forward(static, x, weight, bias, packed):
-        impl, algorithm = static
-        return CONV[impl](x, weight, bias, packed, False, algorithm)
+    def forward(static, x, packed, *tensors):
+        impl, convolutions, *options = static
+        weights, norms = tensors[: 2 * convolutions], tensors[2 * convolutions :]
+        maps, kept, stats = BATCHNORM_FWD[impl](x, weights, norms, packed, *options, True)
+        return *maps, *kept, stats
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.static, _, weight, _, packed = inputs
-        ctx.save_for_backward(weight, packed)
+        ctx.static, *tensors = inputs
+        ctx.taps = len(ctx.static[3])
+        ctx.save_for_backward(*output[ctx.taps :], *tensors)
+        ctx.mark_non_differentiable(*output[ctx.taps :])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, g):
-        impl, algorithm = ctx.static
-        gx = CONV[impl](g, *_with_bias(ctx.saved_tensors), True, algorithm)
+    def backward(ctx, *grads):
+        impl, convolutions, *options = ctx.static
+        saved = iter(ctx.saved_tensors)
+        kept, (stats, x, packed), weights, norms = (
+            [*islice(saved, n)] for n in (convolutions, 3, 2 * convolutions, 2 * convolutions)
+        )
+        nothing = (None,) * (1 + 4 * convolutions)
+        grads = grads[: ctx.taps]
+        if all(g is None for g in grads):
+            return None, None, *nothing
+        gx = BATCHNORM_BWD[impl](grads, x, weights, norms, packed, kept, stats, *options)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gx = Once.apply("VGGTrunk.features", gx, g)
-        return None, gx, None, None, None
-
-
-def _with_bias(saved: tuple[Tensor, Tensor]) -> tuple[Tensor, None, Tensor]:
-    return saved[0], None, saved[1]
+            gx = Once.apply("VGGTrunk.features", gx, x, *grads)
+        return None, gx, *nothing
 
 
 def features(cut: Cut, x: Tensor, impl: str | None) -> list[Tensor]:
     """The maps of x at the taps of the cut, with a graph where x asks for one."""
-    if cut.norms:
-        return _batch_features(cut, x, impl)
-    packed, pixels = cut.packed(impl), cut.pixels(x.dtype)
-    wants_gradient = torch.is_grad_enabled() and x.requires_grad
+    packed, where = cut.packed(impl), (cut.layers, cut.taps, cut.pixels(x.dtype))
+    graph = torch.is_grad_enabled() and x.requires_grad
     # In forward mode too: without a jvp the Function raises, where the bare op would lose the tangent.
-    if wants_gradient or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0):
-        static = (impl, cut.layers, cut.taps, pixels, cut.algorithm)
-        return list(_Features.apply(static, x, packed, *cut.weights)[:-1])
-    return FEATURES_FWD[impl](
-        x.detach(), cut.weights, packed, cut.layers, cut.taps, pixels, cut.algorithm, False
-    )[0]
-
-
-def _batch_features(cut: Cut, x: Tensor, impl: str | None) -> list[Tensor]:
-    """The same where batch norm takes the statistics of the batch: composed, keeps its activations."""
-    dtype, pixels = ref.compute_dtype(x, *cut.weights), cut.pixels(x.dtype)
-    v, at, maps = ref.normalized(x, pixels, dtype), 0, []
-    for layer, channels in enumerate(cut.layers):
-        if not channels:
-            v = F.max_pool2d(v, 2)
-        else:
-            weight, bias = cut.weights[2 * at : 2 * at + 2]
-            v = _Conv.apply((impl, cut.algorithm), v, weight, bias, cut.packed_layer(impl, at))
-            v = F.batch_norm(v, None, None, *cut.norms[at], training=True, eps=cut.norm_eps)
-            if 2 * layer in cut.taps:
-                maps.append(v)
-                v = v.relu()
-            else:
-                v = v.relu_()
-            at += 1
-        if 2 * layer + 1 in cut.taps:
-            maps.append(v)
-    return maps
+    graph = graph or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
+    if cut.norms:
+        options = (*where, cut.norm_eps, cut.algorithm)
+        if graph:
+            static = (impl, len(cut.weights) // 2, *options)
+            return list(_BatchFeatures.apply(static, x, packed, *cut.weights, *cut.norms)[: len(cut.taps)])
+        return BATCHNORM_FWD[impl](x.detach(), cut.weights, cut.norms, packed, *options, False)[0]
+    if graph:
+        return list(_Features.apply((impl, *where, cut.algorithm), x, packed, *cut.weights)[:-1])
+    return FEATURES_FWD[impl](x.detach(), cut.weights, packed, *where, cut.algorithm, False)[0]
 
 
 class TargetCache:
@@ -227,6 +209,8 @@ def trunk_features(
     check.trunk(op, trunk, x.device)
     cut = trunk.cut(taps)
     check.deep_enough(op, x, cut.layers)
+    if cut.norms:
+        check.several_values(op, x, cut.layers)
     impl = check.double(op, impl, x.dtype is torch.float64 or cut.fp64)
     check_impl(op, impl, x, "vgg_features_fwd")
     return features(cut, x, impl)

@@ -218,8 +218,8 @@ def perceptual_loss(x: Tensor, target: Tensor | TargetCache, trunk: Any, *,
         memory does not grow with B. Each image's loss and gradient depend on that image alone: in the C++
         kernels they are the same bits for any batch and number of threads, on CUDA the same but for
         rounding, since cuDNN chooses its algorithm by the batch. NaN and Inf stay in their image. A trunk
-        with bn="batch" mixes the images of a batch by intention: it runs composed PyTorch that keeps its
-        activations.
+        with bn="batch" mixes the images of a batch by intention: in the C++ kernels their loss is the same
+        bits for any number of threads, and backward keeps each convolution's output.
         In fp32 the image gradient is about 1e-5 from fp64's, relative in L2 (measured: VGG16 to relu5_3, 32
         to 128 pixels a side); on some images up to 7e-3, where rounding turned one ReLU or pool in a million
         over. With fp64's ReLUs and pools it is 1.4e-6. PyTorch's own fp32 is as far off on such images, which
@@ -249,6 +249,7 @@ def perceptual_loss(x: Tensor, target: Tensor | TargetCache, trunk: Any, *,
 
     if cut.norms:
         check.scalar(op, reduction, return_grad)
+        check.several_values(op, x, cut.layers)
 
     def fused(ours: Tensor, theirs: Tensor | None) -> tuple[Tensor, Tensor]:
         pixels = cut.pixels(ours.dtype), cut.pixels(torch.float32 if theirs is None else theirs.dtype)

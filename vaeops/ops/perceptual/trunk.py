@@ -1,4 +1,5 @@
-"""The trunk's low-level ops: its weights packed, its maps, the image's gradient, and one convolution alone.
+"""The trunk's low-level ops: its weights packed, its maps and the image's gradient, with batch norm folded in
+or on the statistics of the batch.
 
 Specification: vaeops/ref/perceptual.py.
 """
@@ -39,9 +40,18 @@ def _fake_features_bwd(grads, x, weights, packed, saved, layers, taps, pixels, a
     return x.new_empty(x.shape)
 
 
-def _fake_conv(x, weight, bias, packed, transposed, algorithm):
-    shape = (x.shape[0], weight.shape[1 if transposed else 0], *x.shape[2:])
-    return channels_last(x, shape, ref.compute_dtype(x, weight))
+def _fake_batchnorm_fwd(x, weights, norms, packed, layers, taps, pixels, eps, algorithm, keep):
+    dtype = ref.compute_dtype(x, *weights)
+    convolutions = [2 * layer for layer, channels in enumerate(layers) if channels and keep]
+    maps, kept = (
+        [channels_last(x, shape, dtype) for shape in ref.map_shapes(x, layers, codes)]
+        for codes in (taps, convolutions)
+    )
+    return maps, kept, x.new_empty(2 * sum(layers), dtype=dtype)
+
+
+def _fake_batchnorm_bwd(grads, x, weights, norms, packed, kept, stats, layers, taps, pixels, eps, algorithm):
+    return x.new_empty(x.shape)
 
 
 define("vgg_pack", "(Tensor[] weights, int[] layers, int algorithm) -> Tensor",
@@ -56,8 +66,15 @@ define("vgg_features_bwd",
        " float[] pixels, int algorithm) -> Tensor",
        fake=_fake_features_bwd, ref=ref.vgg_features_bwd, triton=triton_kernel("vgg_features_bwd"),
        cuda=False)  # fmt: skip
-define("vgg_conv",
-       "(Tensor x, Tensor weight, Tensor? bias, Tensor packed, bool transposed, int algorithm) -> Tensor",
-       fake=_fake_conv, ref=ref.vgg_conv, triton=triton_kernel("vgg_conv"), cuda=False)  # fmt: skip
+define("vgg_batchnorm_fwd",
+       "(Tensor x, Tensor[] weights, Tensor[] norms, Tensor packed, int[] layers, int[] taps, float[] pixels,"
+       " float eps, int algorithm, bool keep) -> (Tensor[], Tensor[], Tensor)",
+       fake=_fake_batchnorm_fwd, ref=ref.vgg_batchnorm_fwd, triton=triton_kernel("vgg_batchnorm_fwd"),
+       cuda=False)  # fmt: skip
+define("vgg_batchnorm_bwd",
+       "(Tensor?[] grads, Tensor x, Tensor[] weights, Tensor[] norms, Tensor packed, Tensor[] kept,"
+       " Tensor stats, int[] layers, int[] taps, float[] pixels, float eps, int algorithm) -> Tensor",
+       fake=_fake_batchnorm_bwd, ref=ref.vgg_batchnorm_bwd, triton=triton_kernel("vgg_batchnorm_bwd"),
+       cuda=False)  # fmt: skip
 PACK, FEATURES_FWD, FEATURES_BWD = (overloads(f"vgg_{n}") for n in ("pack", "features_fwd", "features_bwd"))
-CONV = overloads("vgg_conv")
+BATCHNORM_FWD, BATCHNORM_BWD = overloads("vgg_batchnorm_fwd"), overloads("vgg_batchnorm_bwd")
