@@ -1,7 +1,10 @@
 """A prior over the codes of a VQ-VAE: with it a VQ-VAE makes new images.
 
-codes = encode_dataset(vqvae, batches)                       int64 [N, T], to train the prior on
-images = decode_codes(vqvae, prior.sample(16, seed))         [16, *vqvae.input_shape]
+    codes = encode_dataset(vqvae, images.split(256))             # [N, T], to train the prior on
+    prior = CodePrior(vqvae.codes, codes.shape[1])               # prior.terms(codes[rows]).losses["nll"]
+    made = decode_codes(vqvae, prior.sample(16, seed))           # [16, *vqvae.input_shape]
+
+Of two levels of codes the top comes first.
 """
 
 import math
