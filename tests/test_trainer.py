@@ -80,7 +80,7 @@ def test_bad_settings(settings, message):
 
 
 def test_a_run_leaves_everything_behind(tmp_path, capsys):
-    result = run(tmp_path, checkpoint_every=2, keep=2, grid_every=3, ema=0.5)
+    result = run(tmp_path, checkpoint_every=2, keep=2, grid_every=4, ema=0.5)
     printed = capsys.readouterr()
     assert (
         "lr                0.01" in printed.out
@@ -95,9 +95,8 @@ def test_a_run_leaves_everything_behind(tmp_path, capsys):
     assert settings["config"]["lr"] == 1e-2 and settings["versions"]["torch"] == torch.__version__
     kept = [tmp_path / "checkpoints" / f"step-00000000{step}.pt" for step in (4, 6)]
     assert checkpoint.found(tmp_path / "checkpoints") == kept and result.checkpoint == kept[1]
-    for step in (3, 6):
-        for name in ("reconstructions", "samples"):
-            assert image.imread(tmp_path / "grids" / f"{name}-{step:09d}.png")[..., :3].std() > 0.05
+    for name in ("reconstructions", "samples"):
+        assert image.imread(tmp_path / "grids" / f"{name}-000000004.png")[..., :3].std() > 0.05
     assert not result.model.training and not result.ema.training
     with pytest.raises(FileExistsError, match=r"holds a run: resume it \(--resume"):
         run(tmp_path)
