@@ -29,8 +29,8 @@ test-all: $(BUILT)
 .venv/ready: constraints.txt pyproject.toml
 	test -x .venv/bin/python || python3 -m venv .venv
 	$(PIP) install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch triton numpy setuptools \
-	  ninja pybind11 pytest pytest-benchmark hypothesis scikit-learn scipy matplotlib pillow tqdm safetensors ruff mypy \
-	  clang-format vector-quantize-pytorch diffusers
+	  ninja pybind11 pytest pytest-benchmark hypothesis scikit-learn scipy matplotlib pillow tqdm safetensors torchmetrics \
+	  ruff mypy clang-format vector-quantize-pytorch diffusers
 	$(PIP) install -q --no-deps -c constraints.txt lpips
 	$(PIP) install -q --no-deps -c constraints.txt --upgrade --target .venv/peers torchvision
 	touch $@
@@ -70,6 +70,10 @@ format: $(READY)
 SAN := build/sanitize
 SAN_FLAGS := -O1 -g1 -fsanitize=address,undefined -fno-omit-frame-pointer -fno-sanitize-recover=undefined
 PRELOAD = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so) $(shell g++ -print-file-name=libstdc++.so)
+# The C++ tests and the fuzz targets share one build, by clang where there is one (CLANG names another one).
+CLANG ?= $(firstword $(foreach c,clang++ clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14,$(if $(shell command -v $(c)),$(c))))
+CONFIGURE = cmake -S . -B build/ctest -G Ninja -DVAEOPS_SANITIZE=address,undefined \
+  $(if $(CLANG),-DCMAKE_CXX_COMPILER=$(CLANG)) > build/ctest.log
 sanitize: $(READY)
 	rm -rf $(SAN) && mkdir -p $(SAN) && cp -r csrc vaeops tests setup.py pyproject.toml $(SAN)/ && rm -f $(SAN)/vaeops/*.so
 	cd $(SAN) && VAEOPS_NATIVE=require CFLAGS="$(SAN_FLAGS)" LDFLAGS="-fsanitize=address,undefined" \
@@ -78,16 +82,13 @@ sanitize: $(READY)
 	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. $(abspath $(PY)) -m pytest tests/test_gaussian.py \
 	  tests/test_rng.py tests/test_bad_arguments.py tests/test_vq.py tests/test_vq_arguments.py \
 	  -k "not compile and not statistics and not [ref" -p no:cacheprovider
-	cmake -S . -B build/ctest -G Ninja -DVAEOPS_SANITIZE=address,undefined > build/ctest.log
-	cmake --build build/ctest && ctest --test-dir build/ctest --output-on-failure -j $$(getconf _NPROCESSORS_ONLN)
+	$(CONFIGURE) && cmake --build build/ctest && ctest --test-dir build/ctest --output-on-failure -j $$(getconf _NPROCESSORS_ONLN)
 
-# libFuzzer over the torch-free kernels; needs clang (CLANG names another one). SECONDS a target.
-CLANG ?= $(firstword $(foreach c,clang++ clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14,$(if $(shell command -v $(c)),$(c))))
+# libFuzzer over the torch-free kernels, in the build of `make sanitize`; needs clang. SECONDS a target.
 fuzz:
 	@test -n "$(CLANG)" || { echo "make fuzz needs clang++ with libFuzzer"; exit 1; }
-	cmake -S . -B build/fuzz -G Ninja -DCMAKE_CXX_COMPILER=$(CLANG) -DVAEOPS_SANITIZE=address,undefined > build/fuzz.log
-	cmake --build build/fuzz --target fuzz
-	cd build/fuzz && for target in fuzz_*; do test ! -x $$target || ./$$target -max_total_time=$(SECONDS) -print_final_stats=1 || exit 1; done
+	$(CONFIGURE) && cmake --build build/ctest --target fuzz
+	cd build/ctest && for target in fuzz_*; do test ! -x $$target || ./$$target -max_total_time=$(SECONDS) -print_final_stats=1 || exit 1; done
 
 clean:
 	rm -rf build *.egg-info vaeops/*.so

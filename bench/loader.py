@@ -46,7 +46,7 @@ def measure(source: Path, batch: int, rounds: int, seconds: float, cache: str) -
 
     def decode_each(indices: Tensor) -> Tensor:
         return torch.from_numpy(
-            np.stack([decode([faces[i]], "RGB", SIDE, face_side)[0] for i in indices.tolist()])
+            np.stack([decode([faces[i]], source.name, "RGB", SIDE, face_side)[0] for i in indices.tolist()])
         )
 
     rivals = {"decode, crop, resize each sample": decode_each, "gather from the cache": gather}

@@ -82,9 +82,8 @@ def store(path: Path, common: dict, rows: Iterable[dict]) -> None:
 
     new = [{field: str((common | row)[field]) for field in FIELDS} for row in rows]
     old = read(path)
-    place = next(
-        (i for i, row in enumerate(old) if key(row) == key(common)), len(old)
-    )  # tables keep their order
+    # The new rows take the old ones' place: tables keep their order.
+    place = next((i for i, row in enumerate(old) if key(row) == key(common)), len(old))
     rest = [[row for row in part if key(row) != key(common)] for part in (old[:place], old[place:])]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")

@@ -1,9 +1,12 @@
 """What the tests of every reference model ask: one training on fused and on reference ops, noise by rows."""
 
+import copy
+
 import pytest
 import torch
 
 from vaeops import rng
+from vaeops.models import load, save
 
 SEED = torch.tensor([11, 0])
 
@@ -56,6 +59,29 @@ def assert_rows_draw_the_joined_noise(model, x):
     for name, loss in whole.items():
         torch.testing.assert_close((first[name] + second[name]) / 2, loss)
     assert any(not torch.allclose(second[name], wrong[name]) for name in whole)
+
+
+def assert_traces_and_autocasts(model, *batch):
+    """One graph, of the same losses; fp32 losses near them under autocast."""
+    traced, cast = copy.deepcopy(model), copy.deepcopy(model)
+    losses = model.terms(*batch, seed=SEED, row=2).losses
+    torch._dynamo.reset()
+    compiled = torch.compile(traced.terms, fullgraph=True, backend="eager")
+    again = compiled(*batch, seed=SEED, row=2).losses
+    with torch.autocast("cpu", torch.bfloat16):
+        low = cast.terms(*batch, seed=SEED, row=2).losses
+    for name, loss in losses.items():
+        assert torch.equal(again[name], loss) and low[name].dtype is torch.float32
+        torch.testing.assert_close(low[name], loss, rtol=0.1, atol=0.02)
+
+
+def assert_survives_its_file(model, path):
+    """model, from `create`, is the same after `save` and `load`."""
+    pytest.importorskip("safetensors")
+    save(model, path)
+    again = load(path).state_dict()
+    assert model.state_dict().keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
 
 
 def digits():

@@ -56,14 +56,14 @@ def test_quick_run_as_a_script(tmp_path):
         assert r["machine"] == path.stem
 
 
-def test_rows_replace_their_case_and_leave_others(tmp_path, bench):
+def test_rows_replace_their_case_in_its_place_and_leave_others(tmp_path, bench):
     results, path = bench("results"), tmp_path / "m.csv"
     row = dict.fromkeys(results.FIELDS, "1")
     results.store(path, row | {"case": "a"}, [{"row": "old"}, {"row": "older"}])
     results.store(path, row | {"case": "b"}, [{"row": "kept"}])
     results.store(path, row | {"case": "a"}, [{"row": "new"}])
     results.store(path, row | {"case": "a", "threads": "2"}, [{"row": "other threads"}])
-    assert [r["row"] for r in rows_of(path)] == ["kept", "new", "other threads"]
+    assert [r["row"] for r in rows_of(path)] == ["new", "kept", "other threads"]
     results.store(path, row | {"case": "a"}, [])  # no row of the case was right
     assert [r["row"] for r in rows_of(path)] == ["kept", "other threads"]
 

@@ -1,4 +1,7 @@
-"""Builds the torch-free kernels by CMake and runs the C++ tests: CUDA sources on the CPU, and C++ kernels."""
+"""Builds the torch-free kernels by CMake and runs the C++ tests: CUDA sources on the CPU, and C++ kernels.
+
+In the slow tier: `make sanitize`, which CI runs, builds and runs the same tests with ASan and UBSan.
+"""
 
 import shutil
 import subprocess
@@ -14,6 +17,7 @@ def run(*command: str) -> None:
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 def test_ctest() -> None:

@@ -156,11 +156,11 @@ def test_celeba_says_what_is_missing_or_wrong(tmp_path):
         data.load("celeba", tmp_path, split="test")
     with pytest.raises(ValueError, match="the nearest: Eyeglasses"):
         data.load("celeba", tmp_path, size=4).attribute("Eye_glasses")
-    attributes = files["list_attr_celeba.txt"]
+    attributes, face = files["list_attr_celeba.txt"], "img_align_celeba/000001.jpg"
     for name, content, message in (
-        ("img_align_celeba/000001.jpg", encoded((6, 4), 0), r"000001\.jpg is 6x4; 178x218 or square"),
-        ("img_align_celeba/000001.jpg", b"text", r"000001\.jpg is no image"),
-        ("img_align_celeba/000001.jpg", encoded((40, 40), 0)[:-200], r"000001\.jpg is damaged: .*truncated"),
+        (face, encoded((6, 4), 0), rf"^celeba: .*broken: {face} is 6x4; 178x218 or square"),
+        (face, b"text", rf"^celeba: .*broken: {face} is no image"),
+        (face, encoded((40, 40), 0)[:-200], rf"^celeba: .*broken: {face} is damaged: .*truncated"),
         ("list_eval_partition.txt", b"000000.jpg 3", r"partition\.txt, line 1: a file and 0, 1 or 2"),
         ("list_attr_celeba.txt", b"3\nSmiling\n", "line 2: 40 names are expected, got 1"),
         ("list_attr_celeba.txt", attributes.replace(b"-1", b"0", 1), "line 3: a file and 40"),
@@ -178,6 +178,23 @@ def test_celeba_says_what_is_missing_or_wrong(tmp_path):
     message = r"has no img_align_celeba/000000\.jpg, and 1 more of the 2 images of the split 'train' are"
     with pytest.raises(FileNotFoundError, match=message):
         data.load("celeba", tmp_path)
+
+
+def test_damaged_archives(tmp_path):
+    files = celeba_files([(8, 8)] * 3)
+    whole = write_tar(files, tmp_path / "celeba.tar").read_bytes()
+    inside = whole.rindex(b"img_align_celeba/000002.jpg")
+    (tmp_path / "celeba.tar").write_bytes(whole[: inside + 700])
+    with pytest.raises(ValueError, match=r"celeba: .*celeba\.tar is damaged: unexpected end of data"):
+        data.load("celeba", tmp_path / "celeba.tar", split="valid")
+    whole = write_zip(files, tmp_path / "celeba.zip").read_bytes()
+    inside = whole.index(files["img_align_celeba/000001.jpg"])
+    (tmp_path / "celeba.zip").write_bytes(whole[:inside] + b"?" + whole[inside + 1 :])
+    with pytest.raises(ValueError, match=r"celeba\.zip is damaged: Bad CRC.*000001\.jpg"):
+        data.load("celeba", tmp_path / "celeba.zip")
+    (tmp_path / "celeba.zip").write_bytes(whole[:-200])
+    with pytest.raises(ValueError, match=r"neither a folder nor a \.zip nor a \.tar, or it is incomplete"):
+        data.load("celeba", tmp_path / "celeba.zip")
 
 
 # ---- any folder

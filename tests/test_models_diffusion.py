@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vaeops import rng
-from vaeops.models import TinyDDPM
+from vaeops.models import TinyDDPM, create
 from vaeops.models.diffusion import SCHEDULES, alpha_bar
 
 
@@ -22,10 +22,11 @@ def awake(model):
 
 
 @pytest.mark.parametrize(
-    ("options", "parameters"), [((1, 28), 493_089), ((1, 8), 493_089), ((3, 12), 494_243)]
+    ("overrides", "parameters"),
+    [({}, 493_089), ({"side": 8}, 493_089), ({"channels": 3, "side": 12}, 494_243)],
 )
-def test_parameter_counts_and_sizes(options, parameters):
-    model = TinyDDPM(*options)
+def test_parameter_counts_and_sizes(overrides, parameters):
+    model = create("ddpm-tiny", **overrides)
     assert case.count(model) == parameters
     x = torch.rand(2, *model.input_shape) * 2 - 1
     assert model.unet(x, torch.tensor([0, 49])).shape == x.shape
@@ -80,6 +81,12 @@ def test_rows_draw_the_joined_noise():
 
 def test_training_agrees_with_the_reference():
     case.assert_ops_agree(small, torch.rand(4, 1, 8, 8))
+
+
+def test_one_graph_and_fp32_losses(tmp_path):
+    model = awake(create("ddpm-tiny", side=8, width=8))
+    case.assert_traces_and_autocasts(model, torch.rand(4, 1, 8, 8))
+    case.assert_survives_its_file(model, tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -6,14 +6,14 @@ import model_case as case
 import pytest
 import torch
 
-from vaeops.models import MLPVQVAE, VQVAE, VQVAE2, CodePrior, decode_codes, encode_dataset
+from vaeops.models import MLPVQVAE, VQVAE, VQVAE2, CodePrior, create, decode_codes, encode_dataset
 
 SMALL = {"width": 16, "layers": 2, "heads": 2}
 VQ = {"hidden": 16, "inner": 8, "blocks": 1, "dim": 4, "codes": 8}
 
 
 def test_parameter_count():
-    assert case.count(CodePrior()) == 931_328
+    assert case.count(create("code-prior")) == 931_328
 
 
 @pytest.mark.parametrize("classes", [0, 3])
@@ -79,6 +79,12 @@ def test_training_agrees_with_the_reference():
     models = [CodePrior(7, 6, **SMALL, ops=ops) for ops in ("fused", "ref")]
     models[1].load_state_dict(models[0].state_dict())
     assert torch.equal(*(model.sample(4, case.SEED) for model in models))
+
+
+def test_one_graph_and_fp32_losses(tmp_path):
+    model = create("code-prior", codes=7, length=6, classes=3, **SMALL)
+    case.assert_traces_and_autocasts(model, torch.randint(7, (4, 6)), torch.tensor([0, 2, 1, 1]))
+    case.assert_survives_its_file(model, tmp_path / "model.safetensors")
 
 
 def test_small_codes_are_taken():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vaeops.models import MultVAE
+from vaeops.models import MultVAE, create
 
 ROOT = Path(os.environ.get("VAEOPS_DATA", "data"))
 
@@ -19,7 +19,7 @@ def baskets(n=6, items=13):
 
 
 def test_parameter_count():
-    assert case.count(MultVAE(1682)) == 2_381_682
+    assert case.count(create("mult-vae")) == 2_381_682
 
 
 def test_losses_and_gradients_are_those_of_the_formula():
@@ -80,6 +80,12 @@ def test_a_user_without_items():
 
 def test_training_agrees_with_the_reference():
     case.assert_ops_agree(lambda **o: MultVAE(13, (8,), 3, **o), baskets())
+
+
+def test_one_graph_and_fp32_losses(tmp_path):
+    model = create("mult-vae", items=13, hidden=(8,), latent=3)
+    case.assert_traces_and_autocasts(model, baskets())
+    case.assert_survives_its_file(model, tmp_path / "model.safetensors")
 
 
 def test_probabilities():

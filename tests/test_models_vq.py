@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vaeops.models import MLPVQVAE, VQVAE, VQVAE2
+from vaeops.models import MLPVQVAE, VQVAE, VQVAE2, create
 
 SMALL = {"hidden": 16, "inner": 8, "blocks": 1, "dim": 4, "codes": 8}
 MODELS = {
@@ -36,24 +36,24 @@ def codebooks(model):
 
 
 @pytest.mark.parametrize(
-    ("model", "parameters"),
+    ("name", "overrides", "parameters"),
     [
-        (lambda: MLPVQVAE(784, (512,), 256, 10), 1_069_584),
-        (lambda: MLPVQVAE(784, (512,), 256, 32), 1_075_216),
-        (lambda: VQVAE(), 662_595),
-        (lambda: VQVAE(1, 28), 658_497),
-        (lambda: VQVAE2(), 1_921_155),
+        ("workshop-vq", {"codes": 10}, 1_069_584),
+        ("workshop-vq", {}, 1_075_216),
+        ("vq-vae", {}, 662_595),
+        ("vq-vae", {"channels": 1, "side": 28}, 658_497),
+        ("vq-vae-2", {}, 1_921_155),
     ],
 )
-def test_parameter_counts(model, parameters):
-    assert case.count(model()) == parameters
+def test_parameter_counts(name, overrides, parameters):
+    """An averaged codebook is no parameter."""
+    assert case.count(create(name, **overrides)) == parameters
 
 
 def test_terms(make):
     model = make()
-    x = batch(model)
-    model(x)  # codebooks that start by k-means have started
     model.eval()
+    x = batch(model)
     out, (losses, monitors) = model(x), model.terms(x, seed=case.SEED)
     assert list(losses) == list(model.weights)
     torch.testing.assert_close(losses["recon"], F.mse_loss(out.recon, x))
@@ -74,7 +74,6 @@ def test_terms(make):
 def test_reconstruction_is_the_decoded_codes(make):
     model = make()
     x = batch(model)
-    model(x)
     out = model.eval()(x)
     lo, hi = model.input_range
     for a, b in zip(tuple_of(model.encode(x)), tuple_of(out.indices)):
@@ -88,7 +87,6 @@ def test_reconstruction_is_the_decoded_codes(make):
 def test_codebooks_move_in_training_alone(make):
     model = make()
     x = batch(model)
-    model.terms(x)
     before = codebooks(model)
     model.reconstruct(x)
     model.eval().terms(x)
@@ -115,6 +113,18 @@ def test_losses_reach_what_they_train(make):
 
 def test_training_agrees_with_the_reference(make):
     case.assert_ops_agree(make, batch(make()))
+
+
+def test_one_graph_and_fp32_losses(make):
+    model = make()
+    case.assert_traces_and_autocasts(model, batch(model))
+
+
+@pytest.mark.parametrize("name", ["workshop-vq", "vq-vae", "vq-vae-2"])
+def test_a_trained_codebook_survives_its_file(name, tmp_path):
+    model = create(name, **({"hidden": (8,)} if name == "workshop-vq" else {"side": 8, **SMALL}))
+    model.terms(batch(model))
+    case.assert_survives_its_file(model, tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -1,4 +1,4 @@
-"""The command line: `vaeops info | train | experiment | bench`. Also `python -m vaeops`."""
+"""The command line: `vaeops info | train | eval | sample | experiment | bench`. Also `python -m vaeops`."""
 
 import argparse
 import dataclasses
@@ -85,6 +85,17 @@ def _train(rest: list[str]) -> int:
     return 0
 
 
+def _trained(command: str, rest: list[str]) -> int:
+    from .train import evaluate
+
+    run = {"eval": evaluate.main, "sample": evaluate.sample_main}[command]
+    try:
+        return run(rest)
+    except (ValueError, OSError) as error:
+        print(f"vaeops {command}: {error}", file=sys.stderr)
+        return 2
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="vaeops", description="Fused kernels for variational autoencoders in PyTorch."
@@ -96,12 +107,16 @@ def main(argv: list[str] | None = None) -> int:
     info.add_argument("--json", action="store_true", help="as JSON")
     commands.add_parser("bench", help="run the benchmarks of a source checkout; takes bench/run.py's options")
     commands.add_parser("train", help="train a reference model; --help lists them")
+    commands.add_parser("eval", help="the figures of a trained model on a data set")
+    commands.add_parser("sample", help="samples of a trained model, as a picture or an array")
     commands.add_parser("experiment", help="workshop-celeba or workshop-vq; --help after its name")
     argv = (sys.argv[1:] if argv is None else argv) or ["info"]
     if argv[0] == "bench":  # bench/run.py reads its own options, --help among them
         return _bench(argv[1:])
     if argv[0] == "train":
         return _train(argv[1:])
+    if argv[0] in ("eval", "sample"):
+        return _trained(argv[0], argv[1:])
     if argv[0] == "experiment":
         return _experiment(argv[1:])
     return _info(parser.parse_args(argv))

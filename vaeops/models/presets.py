@@ -143,11 +143,11 @@ def load(path: str | os.PathLike, **overrides: Any) -> nn.Module:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
     except SafetensorError as error:
         raise ValueError(f"load: {path} is no safetensors file, or is damaged: {error}") from error
-    if "preset" not in metadata:
+    if not {"preset", "overrides"} <= metadata.keys():
         raise ValueError(f"load: {path} was not written by save(): its metadata name no preset")
-    model = create(metadata["preset"], **(json.loads(metadata["overrides"]) | overrides))
     try:
+        model = create(metadata["preset"], **(json.loads(metadata["overrides"]) | overrides))
         model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"load: {path} does not fit the preset {metadata['preset']}: {error}") from error
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"load: {path} does not fit the preset {metadata['preset']!r}: {error}") from error
     return model.eval()

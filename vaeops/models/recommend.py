@@ -1,6 +1,7 @@
 """A variational autoencoder that recommends."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
@@ -53,6 +54,8 @@ class MultVAE(nn.Module):
             raise ValueError(f"MultVAE: dropout must be in [0, 1), got {dropout}")
         self.impl = impl_of(ops)
         self.input_shape, self.latent_dim, self.dropout = (items,), latent, dropout
+        # A normal is below the quantile of p with probability p.
+        self.dropped_below = NormalDist().inv_cdf(dropout) if dropout else -math.inf
         self.weights = {"recon": 1.0, "kl": beta}
         self.encoder = _tanh_mlp([items, *hidden, 2 * latent])
         self.latent = GaussianLatent(reduction="dim", ops=ops)
@@ -72,8 +75,7 @@ class MultVAE(nn.Module):
         if seed is not None:
             dropped, drawn = (row_seeds(child, len(x), row) for child in rng.split(seed, 2))
             if self.training and self.dropout:
-                # A normal is below the quantile of p with probability p.
-                keep = rng.normal(x.shape, dropped, impl=self.impl) > NormalDist().inv_cdf(self.dropout)
+                keep = rng.normal(x.shape, dropped, impl=self.impl) > self.dropped_below
                 h = h * keep / (1 - self.dropout)
         mu, logvar = self.encoder(h).chunk(2, 1)
         z, kl, _ = self.latent(mu, logvar, seed=drawn if eps is None else None, eps=eps)

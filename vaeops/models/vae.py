@@ -106,6 +106,7 @@ class VAE(nn.Module):
         return Terms(self.losses(out, x), monitors)
 
     def losses(self, out: VAEOutput, x: Tensor) -> dict[str, Tensor]:
+        """The terms' losses of a forward, in their order."""
         recon = recon_loss(out.pred, x, self.recon, reduction=self.reduction, impl=self.impl)
         return {"recon": recon, "kl": out.kl}
 

@@ -124,8 +124,8 @@ class VQVAE(_Quantized):
 
     Encoder: two 4x4 convolutions of stride 2, one 3x3, residual blocks (ReLU, 3x3 to `inner` channels, ReLU,
     1x1), a 1x1 to D channels. Decoder: a 3x3 convolution, residual blocks, two transposed 4x4 of stride 2.
-    The codebook follows moving averages; it starts by k-means of the first batch in training, and a code that
-    falls out of use becomes a row of the batch.
+    The codebook follows moving averages, and a code that fewer than one row a batch choose on average becomes
+    a row of the batch.
 
     Args:
         channels: C of the image.
@@ -137,8 +137,8 @@ class VQVAE(_Quantized):
         ops: "fused" for vaeops' kernels, "ref" for the PyTorch reference.
 
     Source: van den Oord et al., "Neural Discrete Representation Learning", 2017: layers of section 4.1,
-    averages of appendix A.1, commitment weight 0.25. Start and revival: Razavi et al., 2019; Lancucki et al.,
-    "Robust Training of Vector Quantized Bottleneck Models", 2020.
+    averages of appendix A.1, commitment weight 0.25; revival: Dhariwal et al., "Jukebox: A Generative Model
+    for Music", 2020.
     """
 
     def __init__(self, channels: int = 3, side: int | Sequence[int] = 64, *, hidden: int = 128,
@@ -283,9 +283,7 @@ def _up(dim: int, widths: Sequence[int], inner: int, blocks: int) -> list[nn.Mod
 
 
 def _codebook(dim: int, codes: int, decay: float, impl: str | None) -> VectorQuantize:
-    return VectorQuantize(
-        dim, codes, decay=decay, kmeans_init=True, revive_below=0.1, channel_dim=1, impl=impl
-    )
+    return VectorQuantize(dim, codes, decay=decay, revive_below=1.0, channel_dim=1, impl=impl)
 
 
 def _sides(model: str, side: int | Sequence[int], factor: int) -> tuple[int, int]:

@@ -30,7 +30,7 @@ _LOG = logging.getLogger("vaeops")
 Side = Callable[[int, int], int]  # (width, height) -> side of the square in the middle that is kept
 
 
-def decoded(name: str, files: Files, wanted: Sequence[str], part: str, *, size: int | None, side: Side,
+def decoded(files: Files, wanted: Sequence[str], part: str, *, size: int | None, side: Side,
             mode: str | None = None, folder: Path | None = None) -> np.ndarray:  # fmt: skip
     """The wanted images, uint8 [N, C, H, W], mapped from the cache, which is filled first if need be.
 
@@ -55,7 +55,7 @@ def decoded(name: str, files: Files, wanted: Sequence[str], part: str, *, size: 
         if path.exists():
             _LOG.warning("%s is of other files, or was changed; it is made anew", path)
         with _replacing(path) as array:
-            _fill(array, f"{name}, {part}", files, wanted, size, side, mode)
+            _fill(array, part, files, wanted, size, side, mode)
         with _replacing(path.with_suffix(".json")) as record:
             record.write(json.dumps({**made_of, "left": _left(path)}, indent=1).encode())
     return np.asarray(np.load(path, mmap_mode="r"))
@@ -95,15 +95,17 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def _fill(array: IO[bytes], title: str, files: Files, wanted: Sequence[str], size: int | None, side: Side,
+def _fill(array: IO[bytes], part: str, files: Files, wanted: Sequence[str], size: int | None, side: Side,
           mode: str | None) -> None:  # fmt: skip
     """Writes a .npy file, row by row where each belongs: an archive's order need not be that of `wanted`."""
     rows = {file: row for row, file in enumerate(wanted)}
     mode = mode or ("L" if all(_is_grey(content) for _, content in files.contents(rows)) else "RGB")
     first, begin = "", 0
     shape: tuple[int, ...] = ()
-    with tqdm(total=len(wanted), desc=f"decoding {title}", unit="img", unit_scale=True) as bar:
-        for names, images in _decode_all(files.contents(rows), len(wanted), mode, size, side):
+    source = f"{files.name}: {files.path}"
+    title = f"decoding {files.name}, {part}"
+    with tqdm(total=len(wanted), desc=title, unit="img", unit_scale=True) as bar:
+        for names, images in _decode_all(files.contents(rows), len(wanted), source, mode, size, side):
             for file, pixels in zip(names, images):
                 if not first:
                     first, shape = file, pixels.shape
@@ -112,7 +114,7 @@ def _fill(array: IO[bytes], title: str, files: Files, wanted: Sequence[str], siz
                     begin = array.tell()
                 if pixels.shape != shape:
                     raise ValueError(
-                        f"{title}: the images must have one size, or a size be given: {first} is "
+                        f"{source}: the images must have one size, or a size be given: {first} is "
                         f"{shape[2]}x{shape[1]}, {file} is {pixels.shape[2]}x{pixels.shape[1]}"
                     )
                 array.seek(begin + rows[file] * pixels.nbytes)
@@ -120,21 +122,21 @@ def _fill(array: IO[bytes], title: str, files: Files, wanted: Sequence[str], siz
             bar.update(len(names))
 
 
-def _decode_all(contents: Iterator[tuple[str, bytes]], n: int, mode: str, size: int | None, side: Side
+def _decode_all(contents: Iterator[tuple[str, bytes]], n: int, *how: Any
                 ) -> Iterator[tuple[list[str], list[np.ndarray]]]:  # fmt: skip
-    """(names, images) of the contents by the chunk, in their order."""
+    """(names, images) of the n contents by the chunk, in their order. how: what else `decode` takes."""
     chunks = iter(lambda: list(itertools.islice(contents, _CHUNK)), [])
     workers = min(os.cpu_count() or 1, _PROCESSES)
     if n < _PROCESSES_FROM or workers == 1:
         for chunk in chunks:
-            yield [file for file, _ in chunk], decode(chunk, mode, size, side)
+            yield [file for file, _ in chunk], decode(chunk, *how)
         return
     pending: deque[tuple[list[str], Future]] = deque()
     try:
         # Not forked: the kernels' and torch's threads would be missing in a forked process.
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             for chunk in chunks:
-                pending.append(([file for file, _ in chunk], pool.submit(decode, chunk, mode, size, side)))
+                pending.append(([file for file, _ in chunk], pool.submit(decode, chunk, *how)))
                 if len(pending) > 2 * workers:  # so that not all files are in memory
                     names, future = pending.popleft()
                     yield names, future.result()
@@ -147,22 +149,23 @@ def _decode_all(contents: Iterator[tuple[str, bytes]], n: int, mode: str, size: 
         ) from error
 
 
-def decode(chunk: Sequence[tuple[str, bytes]], mode: str, size: int | None, side: Side) -> list[np.ndarray]:
-    """uint8 [C, H, W] of each (name, content), upright as its EXIF says."""
+def decode(chunk: Sequence[tuple[str, bytes]], source: str, mode: str, size: int | None, side: Side
+           ) -> list[np.ndarray]:  # fmt: skip
+    """uint8 [C, H, W] of each (name, content), upright as its EXIF says. source: what errors begin with."""
     images = []
     for name, content in chunk:
         try:
             with Image.open(io.BytesIO(content)) as image:
                 if image.mode[0] in "IF":
-                    raise ValueError(f"{name} has more than 8 bits a channel")
+                    raise ValueError("has more than 8 bits a channel")
                 ImageOps.exif_transpose(image, in_place=True)
                 images.append(_pixels(image.convert(mode), size, side))
         except UnidentifiedImageError:
-            raise ValueError(f"{name} is no image that Pillow can read") from None
+            raise ValueError(f"{source}: {name} is no image that Pillow can read") from None
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{name} is damaged: {error}") from None
+            raise ValueError(f"{source}: {name} is damaged: {error}") from None
         except ValueError as error:
-            raise ValueError(str(error) if name in str(error) else f"{name} {error}") from None
+            raise ValueError(f"{source}: {name} {error}") from None
     return images
 
 

@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Files:
     """
 
     def __init__(self, name: str, path: Path) -> None:
-        self.path = path
+        self.name, self.path = name, path
         self._archive: zipfile.ZipFile | tarfile.TarFile | None = None
         members: dict[str, Any]
         if path.is_dir():
@@ -55,10 +56,18 @@ class Files:
             members = {m.filename: m for m in self._archive.infolist() if not m.is_dir()}
         elif tarfile.is_tarfile(path):
             self._archive = tarfile.open(path)  # noqa: SIM115 (`close` closes it)
-            members = {m.name.removeprefix("./"): m for m in self._archive if m.isfile()}
+            with self._damage():
+                members = {m.name.removeprefix("./"): m for m in self._archive if m.isfile()}
         else:
-            raise ValueError(f"{name}: {path} is neither a folder nor a .zip nor a .tar")
+            raise ValueError(f"{name}: {path} is neither a folder nor a .zip nor a .tar, or it is incomplete")
         self._members = {n: m for n, m in members.items() if not n.startswith(".") and "/." not in n}
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            yield
+        except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+            raise ValueError(f"{self.name}: {self.path} is damaged: {error}") from error
 
     def close(self) -> None:
         if self._archive is not None:
@@ -69,12 +78,13 @@ class Files:
 
     def read(self, name: str) -> bytes:
         member = self._members[name]
-        if isinstance(self._archive, zipfile.ZipFile):
-            return self._archive.read(member)
-        if isinstance(self._archive, tarfile.TarFile):
-            file = self._archive.extractfile(member)
-            assert file is not None  # only of links and folders
-            return file.read()
+        with self._damage():
+            if isinstance(self._archive, zipfile.ZipFile):
+                return self._archive.read(member)
+            if isinstance(self._archive, tarfile.TarFile):
+                file = self._archive.extractfile(member)
+                assert file is not None  # only of links and folders
+                return file.read()
         return Path(member).read_bytes()
 
     def contents(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:

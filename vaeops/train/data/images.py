@@ -60,7 +60,7 @@ def _faces(files: Files, wanted: list[str], split: str, size: int | None, cache:
             f"{len(wanted):,} images of the split {split!r} are missing"
         )
     members = [where[file] for file in wanted]
-    return decoded("celeba", files, members, split, size=size, side=face_side, mode="RGB", folder=cache)
+    return decoded(files, members, split, size=size, side=face_side, mode="RGB", folder=cache)
 
 
 def _by_name(files: Files) -> dict[str, str]:
@@ -133,7 +133,7 @@ def images(root: Path, split: str, size: int | None, seed: int, cache: Path | No
                 f"images: {root} has no image of the split {split!r}: it has {len(found)} in all"
             )
         named = f"{split}-seed-{seed}"
-        x = decoded("images", files, chosen, named, size=size, side=shorter_side, folder=cache)
+        x = decoded(files, chosen, named, size=size, side=shorter_side, folder=cache)
     folders = sorted({n.split("/")[0] for n in found})
     extra = {"files": tuple(chosen)}
     if not all("/" in n for n in found):
