@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-FORMAT = 1  # of the state; what reads it raises on any other
+FORMAT = 1  # of the state, settings included; any other one is refused
 _NAME = re.compile(r"step-(\d{9})\.pt")
 
 
