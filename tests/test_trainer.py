@@ -176,7 +176,10 @@ def test_a_resumed_run_ends_with_the_same_bits_and_the_same_log(tmp_path, stop):
 
 def test_a_run_taken_up_at_an_earlier_step_keeps_its_later_checkpoints_aside(tmp_path):
     straight = run(tmp_path, checkpoint_every=2)
+    half = tmp_path / "checkpoints" / f".{checkpoint.name(7)}.4321"
+    half.touch()
     resumed = run(tmp_path, resume=tmp_path / "checkpoints" / checkpoint.name(2), steps=4)
+    assert not half.exists()
     assert resumed.record["step"] == 4 and checkpoint.load(tmp_path)["step"] == 4
     assert (tmp_path / "checkpoints" / f"{checkpoint.name(6)}.old").exists()
     assert_equal(case.weights(run(tmp_path, resume=tmp_path)), case.weights(straight))

@@ -380,8 +380,7 @@ class _Trainer:
             raise FileExistsError(
                 f"out: {self.out} holds a run: resume it (--resume {self.out}), or give another"
             )
-        for later in checkpoint.later(self.out / "checkpoints", self.step):
-            later.replace(later.with_suffix(".pt.old"))  # of the run that is taken up at an earlier step
+        checkpoint.take_up(self.out / "checkpoints", self.step)
         settings = {"config": dataclasses.asdict(self.config), "versions": _versions()}
         with checkpoint.atomic(self.out / "config.json") as file:
             file.write((json.dumps(settings, indent=2) + "\n").encode())
