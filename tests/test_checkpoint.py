@@ -136,7 +136,7 @@ def kill_trials(trials, seed, path):
 
 
 def test_killed_runs_end_with_the_same_bits(tmp_path):
-    kill_trials(3, 0, tmp_path)
+    kill_trials(2, 0, tmp_path)
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def _train(rest: list[str]) -> int:
         f"settings: {', '.join(config.HINTS)}\n          (vaeops/train/config.py says what they mean)",
     )  # fmt: skip
     add = parser.add_argument
-    add("settings", nargs="*", metavar="PRESET key=value ...", help="--resume brings the preset along")
+    add("settings", nargs="*", metavar="PRESET key=value", help="--resume brings the preset along")
     add("--data", help="data set")
     add("--root", help="folder of the data sets")
     add("--out", help="folder of the run (default: runs/PRESET, or the one resumed)")

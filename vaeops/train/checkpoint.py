@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-FORMAT = 1  # of the state; what reads it raises on any other
+FORMAT = 1  # of the state, settings included; any other one is refused
 _NAME = re.compile(r"step-(\d{9})\.pt")
 
 
@@ -53,9 +53,17 @@ def found(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
 
 
-def later(folder: Path, step: int) -> list[Path]:
-    """The checkpoints in a folder of a later step."""
-    return [path for path in found(folder) if path.name > name(step)]
+def take_up(folder: Path, step: int) -> None:
+    """Make a folder ready for a run that goes on after `step`.
+
+    Checkpoints of a later step are of a past that this run leaves: they get the ending .old. What a killed
+    process had half written goes.
+    """
+    for path in found(folder):
+        if path.name > name(step):
+            path.replace(path.with_suffix(".pt.old"))
+    for part in folder.glob(".step-*.pt.*"):
+        part.unlink()
 
 
 def save(path: Path, state: dict[str, Any], keep: int) -> None:

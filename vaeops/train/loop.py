@@ -130,9 +130,8 @@ class _Trainer:
             if isinstance(module, VectorQuantize) and not module.deferred:
                 module.accumulate = True  # the codebook moves once a step, by all of a batch
         self.weights = setup.weights(config, self.model)
-        self.beta, self.capacity = setup.schedules(config, self.model)
-        self.beta.to(device)
-        self.capacity.to(device)
+        self.held, moves = setup.schedules(config, self.model)
+        self.schedules: Any = moves.to(device)
 
         self.batches = data.Batches(
             len(dataset.x), config.batch, config.seed, rank=place.rank, world=place.world
@@ -236,8 +235,8 @@ class _Trainer:
         update_codebooks(self.model)
         if self.ema is not None:
             self._average()
-        self.beta.step()
-        self.capacity.step()
+        for schedule in self.schedules.values():
+            schedule.step()
         self.step += 1
 
         if not self.columns:
@@ -255,8 +254,7 @@ class _Trainer:
         self.scaler.scale(total / self.config.accumulate).backward()
         self.terms = list(losses)
         seen = {"loss": total, **{name: loss.sum() for name, loss in losses.items()}, **monitors}
-        if "kl" in losses:
-            seen["beta"] = self.beta()
+        seen |= {name: self._now(name) for name in self.schedules}
         return {name: value.detach().float() for name, value in seen.items()}
 
     def _total(self, losses: dict[str, Tensor]) -> Tensor:
@@ -266,7 +264,7 @@ class _Trainer:
             if name not in self.weights:
                 raise ValueError(f"{type(self.model).__name__} has no weight for its loss {name!r}, only for "
                                  f"{', '.join(self.weights)}")  # fmt: skip
-            term = self.beta() * self._kl(loss) if name == "kl" else self.weights[name] * loss
+            term = self._now("beta") * self._kl(loss) if name == "kl" else self.weights[name] * loss
             parts.append(term.float())
         return torch.stack(parts).sum()
 
@@ -278,7 +276,11 @@ class _Trainer:
             kl = kl + (self.place.mean(kl.detach().clone()) - kl.detach())
         if self.config.free_bits:
             return objectives.free_bits(kl, self.config.free_bits)
-        return objectives.capacity(kl.sum(), self.capacity())
+        return objectives.capacity(kl.sum(), self._now("capacity"))
+
+    def _now(self, name: str) -> Any:
+        """beta or capacity at this step: a number, or where a schedule moves it a tensor on the device."""
+        return self.schedules[name]() if name in self.schedules else self.held[name]
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -343,7 +345,7 @@ class _Trainer:
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "schedules": {"beta": self.beta.state_dict(), "capacity": self.capacity.state_dict()},
+            "schedules": self.schedules.state_dict(),
             "position": self.batches.position,
             "random": checkpoint.random_states(),
             "log": {"columns": self.columns, "terms": self.terms, "rows": rows},
@@ -358,8 +360,7 @@ class _Trainer:
                 raise ValueError(f"the checkpoint's {name} does not fit the model: {error}") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.beta.load_state_dict(state["schedules"]["beta"])
-        self.capacity.load_state_dict(state["schedules"]["capacity"])
+        self.schedules.load_state_dict(state["schedules"])
         self.batches.position = tuple(state["position"])
         self.step = self.saved = state["step"]
         log, every = state["log"], self.config.log_every
@@ -379,8 +380,7 @@ class _Trainer:
             raise FileExistsError(
                 f"out: {self.out} holds a run: resume it (--resume {self.out}), or give another"
             )
-        for later in checkpoint.later(self.out / "checkpoints", self.step):
-            later.replace(later.with_suffix(".pt.old"))  # of the run that is taken up at an earlier step
+        checkpoint.take_up(self.out / "checkpoints", self.step)
         settings = {"config": dataclasses.asdict(self.config), "versions": _versions()}
         with checkpoint.atomic(self.out / "config.json") as file:
             file.write((json.dumps(settings, indent=2) + "\n").encode())

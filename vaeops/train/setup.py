@@ -5,6 +5,8 @@ import inspect
 import math
 from typing import Any
 
+from torch import nn
+
 from .. import models
 from ..nn import KLSchedule, VGGTrunk
 from . import data, machine
@@ -90,17 +92,17 @@ def weights(config: Config, model: Any) -> dict[str, float]:
     return {**model.weights, **config.weights}
 
 
-def schedules(config: Config, model: Any) -> tuple[KLSchedule, KLSchedule]:
-    """The KL's weight and its capacity over the steps."""
+def schedules(config: Config, model: Any) -> tuple[dict[str, float], nn.ModuleDict]:
+    """The KL's weight and its capacity, "beta" and "capacity": those that hold, and those that move."""
     if "kl" not in model.weights:
         for name in ("beta", "beta_steps", "free_bits", "capacity"):
             if getattr(config, name):
                 losses = ", ".join(model.weights)
                 raise ValueError(f"{name}: {config.preset} has no KL, its losses are {losses}")
     beta = model.weights.get("kl", 0.0) if config.beta is None else config.beta
-
-    def schedule(kind, stop, steps):
-        return KLSchedule(kind, stop=stop, steps=steps) if steps else KLSchedule("constant", stop=stop)
-
-    return (schedule(config.beta_schedule, beta, config.beta_steps),
-            schedule("linear", config.capacity, config.capacity_steps))  # fmt: skip
+    moves = nn.ModuleDict()
+    if config.beta_steps:
+        moves["beta"] = KLSchedule(config.beta_schedule, stop=beta, steps=config.beta_steps)
+    if config.capacity_steps:
+        moves["capacity"] = KLSchedule("linear", stop=config.capacity, steps=config.capacity_steps)
+    return {"beta": beta, "capacity": config.capacity}, moves
