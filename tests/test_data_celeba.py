@@ -387,6 +387,7 @@ def test_processes_name_a_damaged_image(faces, monkeypatch):
 # ---- the experiment
 
 
+@pytest.mark.slow
 def test_train_command_on_faces(tmp_path, capsys):
     write(celeba_files([(64, 64)] * 8), tmp_path)
     options = ["--steps", str(workshop_celeba.TAIL), "--batch", "2", "--lr", "1e-5", "--out", str(tmp_path)]

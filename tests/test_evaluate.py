@@ -282,6 +282,7 @@ def test_a_run_of_the_trainer(tmp_path, digits, capsys):
     np.testing.assert_array_equal(np.load(tmp_path / "s.npy"), evaluate.draw(averaged, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "ml-100k").is_dir(), reason=f"no ml-100k/ in {ROOT}: set VAEOPS_DATA")
 def test_a_recommender_beats_popularity(tmp_path, capsys):
     run = str(tmp_path / "run")

@@ -88,8 +88,13 @@ def assert_agreement(name, overrides):
     for key, value in fused[0].items():
         assert value.dtype is torch.float32
         assert_within_budget(value, right[0][key], eager[0][key], key)
+    largest = max(float(g.abs().max()) for g in right_gradients.values())
     for key, value in gradients.items():
-        assert_within_budget(value, right_gradients[key], eager_gradients[key], key, factor=3)
+        # A bias before batch norm has none: what is there is rounding.
+        if float(right_gradients[key].abs().max()) < 1e-10 * largest:
+            assert float(value.abs().max()) < 1e-5 * largest
+        else:
+            assert_within_budget(value, right_gradients[key], eager_gradients[key], key, factor=3)
     for mine, reference in zip(fused, eager):
         for key, value in mine.items():
             torch.testing.assert_close(value, reference[key], rtol=1e-4, atol=1e-6)
