@@ -68,7 +68,8 @@ format: $(READY)
 
 # A copy of the package whose native parts carry the sanitizers, under the CPU suite; then the C++ tests with them.
 SAN := build/sanitize
-SAN_FLAGS := -O1 -g1 -fsanitize=address,undefined -fno-omit-frame-pointer -fno-sanitize-recover=undefined
+SAN_FLAGS := -O1 -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size,pointer-overflow \
+  -fno-omit-frame-pointer -fno-sanitize-recover=undefined
 PRELOAD = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so) $(shell g++ -print-file-name=libstdc++.so)
 # The C++ tests and the fuzz targets share one build, by clang where there is one (CLANG names another one).
 CLANG ?= $(firstword $(foreach c,clang++ clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14,$(if $(shell command -v $(c)),$(c))))
