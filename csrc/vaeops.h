@@ -364,13 +364,12 @@ void vq_gather_backward(const VqGatherBackward& call, ParallelFor parallel);
 void vq_segment_sum(const VqSegmentSum& call, ParallelFor parallel);
 
 // Weights [w0, b0, w1, b1, ...] of the convolutions (OIHW fp32) in the order that the kernels of this machine read,
-// behind a header that says how they were packed. `in_channels`: of the first layer, 3 for an image.
-int64_t vgg_packed_floats(const VggTrunk& trunk, int64_t in_channels);
-void vgg_pack(const VggTrunk& trunk, int64_t in_channels, const float* const* weights, float* packed,
-              ParallelFor parallel);
+// behind a header that says how they were packed. The first layer takes images of three channels.
+int64_t vgg_packed_floats(const VggTrunk& trunk);
+void vgg_pack(const VggTrunk& trunk, const float* const* weights, float* packed, ParallelFor parallel);
 // Why `trunk.packed`, which has so many floats, is not what vgg_pack makes of this trunk, or of one that goes on, on
 // this machine; null: it is.
-const char* vgg_packed_mismatch(const VggTrunk& trunk, int64_t in_channels, int64_t floats);
+const char* vgg_packed_mismatch(const VggTrunk& trunk, int64_t floats);
 int64_t vgg_saved_bytes(const VggTrunk& trunk, int64_t batch, int64_t height, int64_t width);
 void vgg_features(const VggFeatures& call, ParallelFor parallel);
 void vgg_features_backward(const VggFeaturesBackward& call, ParallelFor parallel);

@@ -48,7 +48,7 @@ VggTrunk trunk_of(const Integers& layers, const Integers& taps, int64_t algorith
                   "packed must be made by vgg_pack");
   trunk.packed = static_cast<const float*>(packed.data_ptr());
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(trunk.packed) % 64 == 0, "packed must be aligned to 64 bytes");
-  const char* const mismatch = cpu::vgg_packed_mismatch(trunk, 3, packed.numel());
+  const char* const mismatch = cpu::vgg_packed_mismatch(trunk, packed.numel());
   STD_TORCH_CHECK(mismatch == nullptr, "packed ", mismatch == nullptr ? "" : mismatch, "; pack the weights again");
   return trunk;
 }
@@ -129,12 +129,9 @@ Tensor contiguous_as(const Tensor& x, ScalarType dtype) {
 Tensor vgg_pack(const Tensors& weights, const Integers& layers, int64_t algorithm) {
   const VggTrunk trunk = trunk_of(layers, {}, algorithm);
   STD_TORCH_CHECK(!weights.empty() && weights[0].dim() == 4, "weights must be [w0, b0, w1, b1, ...]");
-  const int64_t in_channels = weights[0].size(1);
-  STD_TORCH_CHECK(in_channels == 3 || (in_channels > 0 && in_channels % 16 == 0),
-                  "C must be 3 or a multiple of 16, got ", in_channels);
   Tensors held;
   std::vector<const float*> pointers;
-  int64_t in = in_channels;
+  int64_t in = 3;
   size_t at = 0;
   for (const int64_t out : layers) {
     if (out == 0) continue;
@@ -153,8 +150,8 @@ Tensor vgg_pack(const Tensors& weights, const Integers& layers, int64_t algorith
     at += 2;
   }
   STD_TORCH_CHECK(at == weights.size(), "weights must hold a weight and a bias for each convolution");
-  const Tensor packed = Device::fresh_floats(weights[0], cpu::vgg_packed_floats(trunk, in_channels));
-  cpu::vgg_pack(trunk, in_channels, pointers.data(), static_cast<float*>(packed.mutable_data_ptr()), Device::parallel);
+  const Tensor packed = Device::fresh_floats(weights[0], cpu::vgg_packed_floats(trunk));
+  cpu::vgg_pack(trunk, pointers.data(), static_cast<float*>(packed.mutable_data_ptr()), Device::parallel);
   return packed;
 }
 

@@ -41,7 +41,7 @@ int64_t bytes_of_outside(const VggTrunk& trunk) { return trunk.algorithm == VggA
 
 void vgg_features(const VggFeatures& call, ParallelFor parallel) {
   if (call.batch == 0) return;
-  const TrunkPlan plan(call.trunk, 3, call.batch, call.height, call.width);
+  const TrunkPlan plan(call.trunk, call.batch, call.height, call.width);
   const Chunks chunks = chunks_of(plan, call.batch, parallel);
   const bool convert = converts(plan, call.trunk);
   const int64_t bytes = Work::bytes(plan, chunks) + (convert ? bytes_of_taps(plan, call.trunk, chunks) : 0);
@@ -63,7 +63,7 @@ void vgg_features(const VggFeatures& call, ParallelFor parallel) {
 
 void vgg_features_backward(const VggFeaturesBackward& call, ParallelFor parallel) {
   if (call.batch == 0) return;
-  const TrunkPlan plan(call.trunk, 3, call.batch, call.height, call.width);
+  const TrunkPlan plan(call.trunk, call.batch, call.height, call.width);
   const Chunks chunks = chunks_of(plan, call.batch, parallel);
   const bool convert = converts(plan, call.trunk);
   const int64_t bytes = Work::bytes(plan, chunks) + (convert ? bytes_of_taps(plan, call.trunk, chunks) : 0);
@@ -88,10 +88,10 @@ void vgg_features_backward(const VggFeaturesBackward& call, ParallelFor parallel
 void perceptual_forward(const PerceptualForward& call, ParallelFor parallel) {
   if (call.batch == 0) return;
   const VggTrunk& trunk = call.trunk;
-  const TrunkPlan plan(trunk, 3, call.batch, call.height, call.width);
+  const TrunkPlan plan(trunk, call.batch, call.height, call.width);
   const Chunks chunks = chunks_of(plan, call.batch, parallel);
   const bool given = call.target.data == nullptr, wants_gradient = call.gx != nullptr;
-  const TrunkPlan chunk_plan(trunk, 3, chunks.images, call.height, call.width);  // where a chunk's masks lie
+  const TrunkPlan chunk_plan(trunk, chunks.images, call.height, call.width);  // where a chunk's masks lie
   const int64_t taps = bytes_of_taps(plan, trunk, chunks);
   const int64_t bytes = Work::bytes(plan, chunks) + taps * (1 + (given ? 0 : 1) + (wants_gradient ? 1 : 0)) +
                         (wants_gradient ? aligned(chunk_plan.saved_bytes) : 0);

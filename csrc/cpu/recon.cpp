@@ -112,8 +112,7 @@ void forward_typed(const ReconForward& call, ParallelFor parallel) {
                });
 }
 
-// Reads pred and target again: the signs that l1 needs, kept as a byte an element, save a tenth of its step, and stores
-// past the cache save nothing on two cores.
+// Reads pred and target again, for l1 too: its signs, kept as a byte an element, would have to be written and read.
 template <class T, class S>
 void backward_typed(const ReconBackward& call, ParallelFor parallel) {
   using C = compute_t<T>;

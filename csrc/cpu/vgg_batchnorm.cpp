@@ -36,7 +36,7 @@ struct Steps {
   int32_t count = 0;
   Step step[kVggLayers];
 
-  explicit Steps(const VggBatchNorm& call) : plan(call.trunk, 3, call.batch, call.height, call.width) {
+  explicit Steps(const VggBatchNorm& call) : plan(call.trunk, call.batch, call.height, call.width) {
     for (int32_t i = 0; i < plan.layers; ++i) {
       const TrunkLayer& l = plan.layer[i];
       if (l.pool) {
@@ -215,13 +215,7 @@ void vgg_batchnorm_features(const VggBatchNormFeatures& call, ParallelFor parall
     for_each_chunk(chunks, call.batch, bytes, parallel,
                    [&](int64_t first, int64_t n, Scratch& scratch, ParallelFor inner) {
                      const ConvScratch work{scratch.take(conv_bytes), chunks.slots};
-                     ConvForward conv{};
-                     conv.packed = l.forward;
-                     conv.n = n;
-                     conv.h = l.height;
-                     conv.w = l.width;
-                     conv.in = l.in;
-                     conv.out = l.out;
+                     ConvForward conv = l.forward_call(n);
                      conv.y = advance(static_cast<char*>(s.y), first * pixels * l.out * element);
                      if (i == 0) {
                        conv_first(net.plan.algorithm, call.image, first, conv, work, inner);
@@ -248,7 +242,7 @@ void vgg_batchnorm_backward(const VggBatchNormBackward& call, ParallelFor parall
     const Step& s = net.step[top];
     if (reached(s.conv->before) || reached(s.conv->after) || (s.pool != nullptr && reached(s.pool->after))) break;
   }
-  const int64_t image = 3 * call.height * call.width * (call.gx_dtype == Dtype::f32 ? 4 : 2);
+  const int64_t image = 3 * call.height * call.width * bytes_of(call.gx_dtype);
   char* const gx = static_cast<char*>(call.gx);
   if (top < 0) {
     std::fill_n(gx, call.batch * image, char{0});
@@ -280,14 +274,8 @@ void vgg_batchnorm_backward(const VggBatchNormBackward& call, ParallelFor parall
           const ConvScratch work{scratch.take(conv_bytes), chunks.slots};
           char* const at_output = scratch.take(n * pixels * l.out * element);
           norm_images_backward(net, s, g, first, n, nullptr, at_output, inner);
-          ConvBackward conv{};
+          ConvBackward conv = l.backward_call(n);
           conv.g = at_output;
-          conv.packed = l.backward;
-          conv.n = n;
-          conv.h = l.height;
-          conv.w = l.width;
-          conv.in = l.in;
-          conv.out = l.out;
           if (i == 0) {
             conv_first_backward(plan.algorithm, conv, call.rstd, gx + first * image, call.gx_dtype, work, inner);
             return;

@@ -9,7 +9,7 @@ namespace vaeops::cpu {
 
 // What vgg_pack writes in front of the weights, in place of kPackedHeader floats.
 struct PackedHeader {
-  int32_t magic, algorithm, in_channels, layers;
+  int32_t magic, algorithm, layers;
   int32_t channels[kVggLayers];
 };
 constexpr int64_t kPackedHeader = 32;
@@ -25,6 +25,28 @@ struct TrunkLayer {
   int64_t saved_begin = 0, saved = 0;  // bytes of an image's mask or code, and where those of a batch begin
 
   int64_t map() const { return out * out_height * out_width; }  // elements of an image
+
+  // Calls of a convolution on n images: weights and sizes are filled in, the maps are left.
+  ConvForward forward_call(int64_t n) const {
+    ConvForward call{};
+    call.packed = forward;
+    call.n = n;
+    call.h = height;
+    call.w = width;
+    call.in = in;
+    call.out = out;
+    return call;
+  }
+  ConvBackward backward_call(int64_t n) const {
+    ConvBackward call{};
+    call.packed = backward;
+    call.n = n;
+    call.h = height;
+    call.w = width;
+    call.in = in;
+    call.out = out;
+    return call;
+  }
 };
 
 struct TrunkPlan {
@@ -36,7 +58,7 @@ struct TrunkPlan {
   int64_t most_map;      // elements of an image's largest map
   int64_t conv_scratch;  // bytes a slot
 
-  TrunkPlan(const VggTrunk& trunk, int64_t in_channels, int64_t batch, int64_t height, int64_t width);
+  TrunkPlan(const VggTrunk& trunk, int64_t batch, int64_t height, int64_t width);
 
   int64_t element() const { return algorithm == VggAlgorithm::bf16 ? 2 : 4; }  // bytes, of maps and gradients
   Dtype dtype() const { return algorithm == VggAlgorithm::bf16 ? Dtype::bf16 : Dtype::f32; }

@@ -12,9 +12,9 @@ constexpr int32_t kMagic = 0x56474731;
 
 // Calls visit(convolution's number, C, K, backward, offset) for each part; returns the floats of all.
 template <class Visit>
-int64_t for_each_part(const VggTrunk& trunk, int64_t in, const Visit& visit) {
+int64_t for_each_part(const VggTrunk& trunk, const Visit& visit) {
   const VggAlgorithm algorithm = conv_algorithm(trunk.algorithm);
-  int64_t at = kPackedHeader;
+  int64_t at = kPackedHeader, in = 3;
   int32_t number = 0;
   for (int32_t i = 0; i < trunk.layers; ++i) {
     const int64_t out = trunk.channels[i];
@@ -31,16 +31,14 @@ int64_t for_each_part(const VggTrunk& trunk, int64_t in, const Visit& visit) {
 
 }  // namespace
 
-int64_t vgg_packed_floats(const VggTrunk& trunk, int64_t in_channels) {
-  return for_each_part(trunk, in_channels, [](int32_t, int64_t, int64_t, bool, int64_t) {});
+int64_t vgg_packed_floats(const VggTrunk& trunk) {
+  return for_each_part(trunk, [](int32_t, int64_t, int64_t, bool, int64_t) {});
 }
 
-void vgg_pack(const VggTrunk& trunk, int64_t in_channels, const float* const* weights, float* packed,
-              ParallelFor parallel) {
+void vgg_pack(const VggTrunk& trunk, const float* const* weights, float* packed, ParallelFor parallel) {
   PackedHeader header{};
   header.magic = kMagic;
   header.algorithm = static_cast<int32_t>(conv_algorithm(trunk.algorithm));
-  header.in_channels = static_cast<int32_t>(in_channels);
   header.layers = trunk.layers;
   for (int32_t i = 0; i < trunk.layers; ++i) header.channels[i] = static_cast<int32_t>(trunk.channels[i]);
   std::memset(packed, 0, kPackedHeader * sizeof(float));
@@ -52,7 +50,7 @@ void vgg_pack(const VggTrunk& trunk, int64_t in_channels, const float* const* we
     bool backward;
   } parts[2 * kVggLayers];
   int64_t n = 0;
-  for_each_part(trunk, in_channels, [&](int32_t number, int64_t in, int64_t out, bool backward, int64_t at) {
+  for_each_part(trunk, [&](int32_t number, int64_t in, int64_t out, bool backward, int64_t at) {
     parts[n++] = {number, in, out, at, backward};
   });
   parallel_for(parallel, n, [&](int64_t i) {
@@ -62,7 +60,7 @@ void vgg_pack(const VggTrunk& trunk, int64_t in_channels, const float* const* we
   });
 }
 
-const char* vgg_packed_mismatch(const VggTrunk& trunk, int64_t in_channels, int64_t floats) {
+const char* vgg_packed_mismatch(const VggTrunk& trunk, int64_t floats) {
   PackedHeader header;
   if (floats < kPackedHeader) return "was not made by vgg_pack";
   std::memcpy(&header, trunk.packed, sizeof header);
@@ -70,15 +68,15 @@ const char* vgg_packed_mismatch(const VggTrunk& trunk, int64_t in_channels, int6
   if (header.algorithm != static_cast<int32_t>(conv_algorithm(trunk.algorithm))) {
     return "was packed for another algorithm, or for bf16 on another instruction set";
   }
-  bool same = header.in_channels == in_channels && header.layers >= trunk.layers;
+  bool same = header.layers >= trunk.layers;
   for (int32_t i = 0; same && i < trunk.layers; ++i) same = header.channels[i] == trunk.channels[i];
   if (!same) return "was packed for other layers";
-  return floats >= vgg_packed_floats(trunk, in_channels) ? nullptr : "is cut short";
+  return floats >= vgg_packed_floats(trunk) ? nullptr : "is cut short";
 }
 
-TrunkPlan::TrunkPlan(const VggTrunk& trunk, int64_t in_channels, int64_t batch, int64_t height, int64_t width)
+TrunkPlan::TrunkPlan(const VggTrunk& trunk, int64_t batch, int64_t height, int64_t width)
     : layers(trunk.layers), algorithm(conv_algorithm(trunk.algorithm)), saved_bytes(0), most_map(0), conv_scratch(0) {
-  int64_t in = in_channels;
+  int64_t in = 3;
   for (int32_t i = 0; i < layers; ++i) {
     TrunkLayer& l = layer[i];
     l.pool = trunk.channels[i] == 0;
@@ -99,7 +97,7 @@ TrunkPlan::TrunkPlan(const VggTrunk& trunk, int64_t in_channels, int64_t batch, 
   for (int32_t i = 0; i < layers; ++i) {
     if (!layer[i].pool) convolutions[n++] = i;
   }
-  for_each_part(trunk, in_channels, [&](int32_t number, int64_t, int64_t, bool backward, int64_t at) {
+  for_each_part(trunk, [&](int32_t number, int64_t, int64_t, bool backward, int64_t at) {
     TrunkLayer& l = layer[convolutions[number]];
     (backward ? l.backward : l.forward) = trunk.packed + at;
   });
@@ -110,7 +108,7 @@ TrunkPlan::TrunkPlan(const VggTrunk& trunk, int64_t in_channels, int64_t batch, 
 }
 
 int64_t vgg_saved_bytes(const VggTrunk& trunk, int64_t batch, int64_t height, int64_t width) {
-  return TrunkPlan(trunk, 3, batch, height, width).saved_bytes;
+  return TrunkPlan(trunk, batch, height, width).saved_bytes;
 }
 
 }  // namespace vaeops::cpu

@@ -98,14 +98,8 @@ void forward(const TrunkPlan& plan, const VggImage& image, int64_t first, int64_
       continue;
     }
     const bool last = i == plan.layers - 1;
-    ConvForward call{};
+    ConvForward call = l.forward_call(n);
     call.x = x;
-    call.packed = l.forward;
-    call.n = n;
-    call.h = l.height;
-    call.w = l.width;
-    call.in = l.in;
-    call.out = l.out;
     if (last && l.after < 0) {
       call.y = tap[l.before];
     } else {
@@ -158,14 +152,8 @@ void backward(const TrunkPlan& plan, int64_t n, const void* const* grad, bool ma
       g = to;
       continue;
     }
-    ConvBackward call{};
+    ConvBackward call = l.backward_call(n);
     call.g = g;
-    call.packed = l.backward;
-    call.n = n;
-    call.h = l.height;
-    call.w = l.width;
-    call.in = l.in;
-    call.out = l.out;
     if (i == 0) return conv_first_backward(plan.algorithm, call, rstd, gx, gx_dtype, work.conv, inner);
     const TrunkLayer& below = plan.layer[i - 1];
     call.tap_after = after(below);

@@ -403,18 +403,17 @@ void test_special() {
 void test_packed() {
   Trunk weights({16, 16, 0, 32}, {7});
   VggTrunk trunk = weights.pack(VggAlgorithm::direct);
-  const int64_t floats = cpu::vgg_packed_floats(trunk, 3);
+  const int64_t floats = cpu::vgg_packed_floats(trunk);
   trunk.layers = 2;
-  CHECK(cpu::vgg_packed_mismatch(trunk, 3, floats) == nullptr, "a trunk cut earlier");
+  CHECK(cpu::vgg_packed_mismatch(trunk, floats) == nullptr, "a trunk cut earlier");
   trunk.layers = 4;
-  CHECK(cpu::vgg_packed_mismatch(trunk, 3, floats - 16) != nullptr, "cut short");
-  CHECK(cpu::vgg_packed_mismatch(trunk, 3, 0) != nullptr, "empty");
-  CHECK(cpu::vgg_packed_mismatch(trunk, 16, floats) != nullptr, "other channels");
+  CHECK(cpu::vgg_packed_mismatch(trunk, floats - 16) != nullptr, "cut short");
+  CHECK(cpu::vgg_packed_mismatch(trunk, 0) != nullptr, "empty");
   trunk.channels[3] = 64;
-  CHECK(cpu::vgg_packed_mismatch(trunk, 3, floats) != nullptr, "other layers");
+  CHECK(cpu::vgg_packed_mismatch(trunk, floats) != nullptr, "other layers");
   trunk.channels[3] = 32;
   trunk.algorithm = VggAlgorithm::winograd;
-  CHECK(cpu::vgg_packed_mismatch(trunk, 3, floats) != nullptr, "another algorithm");
+  CHECK(cpu::vgg_packed_mismatch(trunk, floats) != nullptr, "another algorithm");
 }
 
 }  // namespace

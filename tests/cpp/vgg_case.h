@@ -94,15 +94,15 @@ struct Trunk {
   // Packs for the instruction set in use.
   VggTrunk pack(VggAlgorithm algorithm) {
     VggTrunk call = trunk(algorithm);
-    const int64_t floats = cpu::vgg_packed_floats(call, 3);
+    const int64_t floats = cpu::vgg_packed_floats(call);
     memory.assign(static_cast<size_t>(floats + 16), NAN);
     packed = memory.data();
     while (reinterpret_cast<uintptr_t>(packed) % 64 != 0) ++packed;
     std::vector<const float*> parts;
     for (const Tensor& w : weights) parts.push_back(reinterpret_cast<const float*>(w.data()));
-    cpu::vgg_pack(call, 3, parts.data(), packed, serially);
+    cpu::vgg_pack(call, parts.data(), packed, serially);
     call.packed = packed;
-    CHECK(cpu::vgg_packed_mismatch(call, 3, floats) == nullptr, "%s", cpu::vgg_packed_mismatch(call, 3, floats));
+    CHECK(cpu::vgg_packed_mismatch(call, floats) == nullptr, "%s", cpu::vgg_packed_mismatch(call, floats));
     return call;
   }
 
