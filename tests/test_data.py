@@ -201,8 +201,8 @@ def test_movielens_itself():
 
 def test_load_refuses():
     for arguments, message in (
-        ({"name": "minst"}, "name must be one of .*the nearest: mnist"),
-        ({"name": "digits", "split": "testing"}, "split must be one of .*the nearest: test"),
+        ({"name": "minst"}, "data set 'minst' is unknown: did you mean 'mnist'"),
+        ({"name": "digits", "split": "testing"}, "split 'testing' is unknown: did you mean 'test'"),
         ({"name": "digits", "size": 64}, "digits takes no size; celeba and images do"),
         ({"name": "mnist", "cache": "there"}, "mnist takes no cache"),
         ({"name": "celeba", "size": 0}, "size must be at least 1, got 0"),

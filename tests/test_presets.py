@@ -24,7 +24,7 @@ def test_names_the_nearest():
         create("vea-mlp")
     with pytest.raises(ValueError, match="is unknown; it is one of tiny-2d, "):
         create("?")
-    with pytest.raises(ValueError, match=r"create: vae-mlp takes no 'latnet': did you mean 'latent'"):
+    with pytest.raises(ValueError, match=r"argument 'latnet' is unknown: did you mean 'latent'"):
         create("vae-mlp", latnet=3)
 
 

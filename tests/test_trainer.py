@@ -52,7 +52,7 @@ def test_settings_are_typed_and_begin_at_the_preset():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["epochss=1"], r"unknown setting 'epochss': did you mean epochs\?"),
+        (["epochss=1"], r"setting 'epochss' is unknown: did you mean 'epochs'"),
         (["lr"], r"settings are key=value, got 'lr'"),
         (["lr=fast"], r"lr must be float, got 'fast'"),
         (["batch=1.5"], r"batch must be int, got '1\.5'"),
@@ -350,7 +350,7 @@ def test_what_does_not_fit(tmp_path):
         ({"model": case.vq, "beta": 0.5}, r"beta: small has no KL, its losses are recon, commit"),
         (
             {"weights": {"recn": 1.0}},
-            r"unknown loss term 'weights\.recn': did you mean weights\.recon or weights\.kl\?",
+            r"loss term 'weights\.recn' is unknown: did you mean 'weights\.recon' or 'weights\.kl'\?",
         ),
         ({"model": with_labels}, r"small takes labels below 1, blocks has 1"),
     ]
@@ -387,7 +387,7 @@ def test_the_command(tmp_path, capsys):
         (["tiny-2dd"], "tiny-2d"),
         (["tiny-2d", "--data", "point"], "points"),
         (["tiny-2d", "model.latnt=3"], "latent"),
-        (["tiny-2d", "bach=3"], "did you mean batch"),
+        (["tiny-2d", "bach=3"], "did you mean 'batch'"),
         (["vae-mlp", "--root", str(tmp_path)], "there is no train-images-idx3-ubyte"),
         (["--resume", str(tmp_path / "nothing")], "there is no checkpoint"),
         ([], "preset is missing"),

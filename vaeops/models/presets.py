@@ -3,17 +3,17 @@
 model = create("vae-mlp", latent=10);  save(model, "digits.safetensors");  load("digits.safetensors")
 """
 
-import difflib
 import inspect
 import json
 import os
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .._files import atomic
+from .._names import unknown
 from .ae import ConvAutoencoder, DenoisingAutoencoder, MLPAutoencoder, SparseAutoencoder
 from .conv import CelebAVAE, CelebAVAEXL, ConvVAE, ConvVAESmall
 from .diffusion import TinyDDPM
@@ -63,23 +63,14 @@ def create(preset: str, **overrides: Any) -> nn.Module:
         ValueError: preset or an override unknown, with the nearest names; or as the model raises.
     """
     if preset not in PRESETS:
-        raise ValueError(f"create: preset {preset!r} is unknown{nearest(preset, PRESETS)}")
+        raise ValueError("create: " + unknown("preset", preset, PRESETS))
     takes = inspect.signature(PRESETS[preset]).parameters
     for name in overrides:
         if name not in takes:
-            raise ValueError(f"create: {preset} takes no {name!r}{nearest(name, takes)}")
+            raise ValueError(unknown(f"create: {preset}'s argument", name, takes))
     model = PRESETS[preset](**overrides)
     model.preset, model.overrides = preset, dict(overrides)
     return model
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """What to append to an error about an unknown name: the names that look like it, or all of them."""
-    names = tuple(names)
-    close = difflib.get_close_matches(name, names, cutoff=0.5)
-    return (
-        f": did you mean {' or '.join(map(repr, close))}?" if close else f"; it is one of {', '.join(names)}"
-    )
 
 
 def save(model: nn.Module, path: str | os.PathLike) -> None:
@@ -107,19 +98,8 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         raise TypeError(f"save: overrides must be plain values, got {plain}: {error}") from error
     # Copies: tensors that share memory are refused, and so are those of another memory format.
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    _write(Path(path), serialize(state, metadata))
-
-
-def _write(path: Path, data: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic(Path(path)) as file:
+        file.write(serialize(state, metadata))
 
 
 def load(path: str | os.PathLike, **overrides: Any) -> nn.Module:

@@ -1,47 +1,18 @@
 """Checkpoints: the whole state of a training in a file that is either complete or not there."""
 
 import io
-import os
 import random
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from .._files import atomic
+
 FORMAT = 1  # of the state, settings included; any other one is refused
 _NAME = re.compile(r"step-(\d{9})\.pt")
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes its name only when it is complete and on the disk.
-
-    A process that is killed at any point leaves the file that was there before.
-
-    Raises:
-        OSError: what the system says, with the path; the file that was there before stays.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def name(step: int) -> str:

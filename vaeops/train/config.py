@@ -5,12 +5,13 @@ config = parse(["preset=vae-mlp", "data=mnist", "lr=3e-4", "model.latent=10"])
 
 import ast
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .._names import unknown
 
 BetaSchedule = Literal["constant", "linear", "cyclical", "cosine", "sigmoid"]
 
@@ -189,15 +190,6 @@ def differences(old: dict[str, Any], new: Config) -> list[str]:
     plain, came = _plain(old), _plain(dataclasses.asdict(new))
     return [f"{name}: {plain.get(name)!r} became {came.get(name)!r}" for name in {**plain, **came}
             if name not in MAY_CHANGE and plain.get(name) != came.get(name)]  # fmt: skip
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """The message about a name that is not among the known ones, with the nearest of them."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known)
-    return f"unknown {what} {name!r}: " + (
-        f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-    )
 
 
 def _convert(name: str, text: str, hint: Any) -> Any:

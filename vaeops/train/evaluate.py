@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import models, perplexity, rng
+from .._files import atomic
 from ..models.prior import decode_codes
 from ..nn import PosteriorMonitor
 from . import checkpoint, data as datasets, metrics
@@ -381,7 +382,7 @@ def sample_main(argv: Sequence[str]) -> int:
     else:
         input_range = model.input_range
     if args.npy:
-        with checkpoint.atomic(args.npy) as file:
+        with atomic(args.npy) as file:
             np.save(file, x.numpy())
     elif args.out is None:
         args.out = Path("samples.png")
@@ -389,7 +390,7 @@ def sample_main(argv: Sequence[str]) -> int:
         from PIL import Image
 
         picture = grid(as_images(x, input_range))
-        with checkpoint.atomic(args.out) as file:
+        with atomic(args.out) as file:
             Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture).save(file, "PNG")
     files = " and ".join(str(path) for path in (args.out, args.npy) if path)
     print(f"{model.preset}, {loaded}: {args.n:,} samples in {files}")

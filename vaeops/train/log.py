@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
+from .._files import atomic
 
 FILE = "log.jsonl"
 
@@ -67,5 +67,5 @@ def read(path: Path) -> list[dict[str, Any]]:
 def drop_after(path: Path, step: int) -> None:
     """Keep the lines up to a step, atomically."""
     kept = [record for record in read(path) if record["step"] <= step]
-    with checkpoint.atomic(path) as file:
+    with atomic(path) as file:
         file.write("".join(json.dumps(record) + "\n" for record in kept).encode())

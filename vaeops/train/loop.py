@@ -29,6 +29,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from .. import _info, models, objectives, rng
+from .._files import atomic
 from ..nn import VectorQuantize, update_codebooks
 from ..ops._library import serving
 from . import checkpoint, data, machine, plots, setup
@@ -382,7 +383,7 @@ class _Trainer:
             )
         checkpoint.take_up(self.out / "checkpoints", self.step)
         settings = {"config": dataclasses.asdict(self.config), "versions": _versions()}
-        with checkpoint.atomic(self.out / "config.json") as file:
+        with atomic(self.out / "config.json") as file:
             file.write((json.dumps(settings, indent=2) + "\n").encode())
         shape = "x".join(map(str, self.dataset.x.shape[1:]))
         served = {"fused": serving(self.place.device.type), "ref": "PyTorch", "compile": "torch.compile"}

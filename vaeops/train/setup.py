@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from .. import models
+from .._names import unknown
 from ..nn import KLSchedule, VGGTrunk
 from . import data, machine
-from .config import Config, unknown
+from .config import Config
 from .machine import Place
 
 DECODED = ("celeba", "images")  # data sets that are read at any size

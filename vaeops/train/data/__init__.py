@@ -7,8 +7,9 @@
 import os
 from pathlib import Path
 
+from ..._names import unknown
 from . import arrays, images, movielens
-from .dataset import SPLITS as SPLITS, Batches as Batches, Dataset as Dataset, check_one_of, scale as scale
+from .dataset import SPLITS as SPLITS, Batches as Batches, Dataset as Dataset, scale as scale
 
 _NAMES = ("digits", "points", "mnist", "fashion-mnist", "celeba", "movielens", "images")
 _DECODED = ("celeba", "images")  # what takes a size and a cache
@@ -50,8 +51,10 @@ def load(name: str, root: str | os.PathLike | None = None, *, split: str = "trai
         ValueError: on an unknown name or split, a size that is not positive, a set without rows, a file whose
             content is not the data set's or not an image, naming it.
     """
-    check_one_of("name", name, _NAMES)
-    check_one_of("split", split, SPLITS)
+    if name not in _NAMES:
+        raise ValueError(unknown("data set", name, _NAMES))
+    if split not in SPLITS:
+        raise ValueError(unknown("split", split, SPLITS))
     if name not in _DECODED and (size is not None or cache is not None):
         option = "size" if size is not None else "cache"
         raise ValueError(f"{name} takes no {option}; {' and '.join(_DECODED)} do")

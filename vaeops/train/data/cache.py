@@ -6,12 +6,10 @@ import itertools
 import json
 import logging
 import os
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from ..._files import atomic
 from .files import Files
 
 FOLDER = "vaeops-cache"
@@ -54,10 +53,15 @@ def decoded(files: Files, wanted: Sequence[str], part: str, *, size: int | None,
     if not _holds(path, made_of):
         if path.exists():
             _LOG.warning("%s is of other files, or was changed; it is made anew", path)
-        with _replacing(path) as array:
-            _fill(array, part, files, wanted, size, side, mode)
-        with _replacing(path.with_suffix(".json")) as record:
-            record.write(json.dumps({**made_of, "left": _left(path)}, indent=1).encode())
+        try:
+            with atomic(path) as array:
+                _fill(array, part, files, wanted, size, side, mode)
+            with atomic(path.with_suffix(".json")) as record:
+                record.write(json.dumps({**made_of, "left": _left(path)}, indent=1).encode())
+        except OSError as error:
+            if error.filename is not None:
+                raise  # an image that cannot be read
+            raise OSError(error.errno, f"{error.strerror}; cache= names another folder") from error
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
@@ -72,27 +76,6 @@ def _holds(path: Path, made_of: dict[str, Any]) -> bool:
 def _left(path: Path) -> list[int]:
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes path's place when all of it is on the disk, and is removed if that fails."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(beside, "xb")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        message = f"decoded images cannot be written to {path.parent} ({error.strerror})"
-        raise OSError(error.errno, f"{message}; cache= names another folder") from error
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink()
-        raise
 
 
 def _fill(array: IO[bytes], part: str, files: Files, wanted: Sequence[str], size: int | None, side: Side,

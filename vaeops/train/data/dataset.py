@@ -1,13 +1,13 @@
 """What every data set is, batches of its rows, and their way to the device."""
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..._names import unknown
 
 SPLITS = ("train", "valid", "test", "train+valid")
 
@@ -54,7 +54,8 @@ class Dataset:
         """bool [N]: which samples have the attribute of that name."""
         if self.attributes is None:
             raise ValueError(f"{self.name} has no attributes here")
-        check_one_of("attribute", name, self.attribute_names)
+        if name not in self.attribute_names:
+            raise ValueError(unknown("attribute", name, self.attribute_names))
         return self.attributes[:, self.attribute_names.index(name)]
 
 
@@ -146,16 +147,6 @@ class Batches:
 
     def _permutation(self) -> Tensor:
         return torch.from_numpy(np.random.default_rng([self.seed, self._epoch]).permutation(self.n))
-
-
-def check_one_of(what: str, got: str, known: Iterable[str]) -> None:
-    """Raises ValueError unless `got` is known, with the names that are nearest to it."""
-    known = tuple(known)
-    if got in known:
-        return
-    near = difflib.get_close_matches(str(got), known, cutoff=0.5)
-    nearest = f"; the nearest: {', '.join(near)}" if near else ""
-    raise ValueError(f"{what} must be one of {known}, got {got!r}{nearest}")
 
 
 def part(split: str, n: int, held_out: tuple[int, int], seed: int) -> np.ndarray:
