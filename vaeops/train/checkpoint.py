@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import models
 from .._files import atomic
 
 FORMAT = 1  # of the state, settings included; any other one is refused
@@ -70,6 +71,23 @@ def load(path: Path | str) -> dict[str, Any]:
         raise ValueError(f"{path} has format {state['format']} (vaeops {state['versions']['vaeops']}), "
                          f"this vaeops reads format {FORMAT}")  # fmt: skip
     return state
+
+
+def load_model(path: Path) -> tuple[Any, dict[str, Any], str]:
+    """(model in eval mode, its training's settings, what was loaded in words) of a checkpoint or saved model.
+
+    Of a checkpoint, or of the newest one in a run's folder, the averaged weights where there are any. A
+    .safetensors file is a saved model, whose training is not known: no settings. The trunk of a perceptual
+    loss is in neither.
+    """
+    if path.suffix == ".safetensors":
+        return models.load(path).eval(), {}, "saved model"
+    state = load(path)
+    config = state["config"]
+    model = models.create(config["preset"], **config["model"])
+    averaged = state["ema"] is not None
+    model.load_state_dict(state["ema"] if averaged else state["model"])
+    return model.eval(), config, f"{'averaged weights' if averaged else 'weights'} of step {state['step']:,}"
 
 
 def resolve(path: Path | str) -> Path:

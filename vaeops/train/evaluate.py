@@ -19,18 +19,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import models, perplexity, rng
+from .. import perplexity, rng
 from .._files import atomic
 from ..models.prior import decode_codes
 from ..nn import PosteriorMonitor
 from . import checkpoint, data as datasets, metrics
-from .data import Dataset
-from .setup import DECODED
+from .checkpoint import load_model
+from .data import DECODED, Dataset
+from .data.codes import check_codes, load_vq
 
 Model = Any  # an nn.Module with the protocol of vaeops.models, or with the part of it that its kind has
 Found = defaultdict[str, list[Tensor]]  # by name, a value for each sample
 RANKS = (20, 50, 100)
 NLL_ROWS = 1024  # posterior samples that are decoded at once
+CACHED = {*DECODED, "codes"}  # data sets that may have a cache of decoded images
 SAMPLE_BATCH = 256  # fixed, so that a seed's samples do not depend on how many are asked for
 
 # What a figure is: of each, the beginning of its name.
@@ -54,29 +56,14 @@ MEANING = {
 }
 
 
-def load_model(path: Path) -> tuple[Model, dict[str, Any], str]:
-    """(model in eval mode, its training's settings, what was loaded in words) of a checkpoint or saved model.
-
-    Of a checkpoint, or of the newest one in a run's folder, the averaged weights where there are any. A
-    .safetensors file is a saved model, whose training is not known: no settings. The trunk of a perceptual
-    loss is in neither.
-    """
-    if path.suffix == ".safetensors":
-        return models.load(path).eval(), {}, "saved model"
-    state = checkpoint.load(path)
-    config = state["config"]
-    model = models.create(config["preset"], **config["model"])
-    averaged = state["ema"] is not None
-    model.load_state_dict(state["ema"] if averaged else state["model"])
-    return model.eval(), config, f"{'averaged weights' if averaged else 'weights'} of step {state['step']:,}"
-
-
 def batches(model: Model, data: Dataset, batch: int, device: torch.device | str,
             what: str) -> Iterator[tuple[int, Tensor, Tensor | None]]:  # fmt: skip
     """(row of the first sample, x as the model takes it, labels if it takes any) of every batch, in order."""
     if math.prod(data.x.shape[1:]) != math.prod(model.input_shape):
         raise ValueError(f"the model takes samples of {tuple(model.input_shape)}, those of {data.name} are "
                          f"{tuple(data.x.shape[1:])}")  # fmt: skip
+    if "codes" in data.extra:
+        check_codes(model, data.extra["codes"], "the data set")
     with tqdm(total=len(data), desc=f"{what:<16}", unit="sample", unit_scale=True, disable=None) as bar:
         for row in range(0, len(data), batch):
             x, label = data.batch(torch.arange(row, min(row + batch, len(data))), device)
@@ -290,6 +277,7 @@ def main(argv: Sequence[str]) -> int:
     parser = _parser("eval", "The figures of a trained model on a data set.")
     parser.add_argument("--data", help="data set (default: the training's)")
     parser.add_argument("--root", help="folder of the data sets (default: the training's)")
+    parser.add_argument("--cache", help="folder of decoded images (default: the training's)")
     parser.add_argument("--split", default="test", help="train, valid or test (default: test)")
     parser.add_argument("--batch", type=positive, default=256, help="samples at once (default: 256)")
     parser.add_argument("--nll-samples", type=positive, default=0, metavar="K",
@@ -312,6 +300,8 @@ def main(argv: Sequence[str]) -> int:
     name = args.data or config.get("data")
     if name is None:
         parser.error(f"{args.checkpoint} does not say what it was trained on: give --data")
+    if args.cache and not {name, args.outliers} & CACHED:
+        parser.error(f"--cache is of {', '.join(sorted(CACHED))}; {name} has none")
     data = _split(name, args.split, args, model, config)
     popularity = None
     if "held_out" in data.extra:
@@ -339,9 +329,10 @@ def main(argv: Sequence[str]) -> int:
 def _split(name: str, split: str, args: argparse.Namespace, model: Model,
            config: dict[str, Any]) -> Dataset:  # fmt: skip
     """A split as the training had it: by its seed and, of data sets that are resized, in the model's size."""
-    size = model.input_shape[-1] if name in DECODED else None
-    root = args.root or config.get("root")
-    return datasets.load(name, root, split=split, size=size, seed=config.get("split_seed", 0))
+    size = datasets.side(name, model.input_shape, config.get("size") if name in DECODED else None)
+    cache = (args.cache or config.get("cache")) if name in CACHED else None
+    return datasets.load(name, args.root or config.get("root"), split=split, size=size,
+                         seed=config.get("split_seed", 0), cache=cache)  # fmt: skip
 
 
 def _frechet(model: Model, data: Dataset, args: argparse.Namespace) -> float:
@@ -368,15 +359,17 @@ def sample_main(argv: Sequence[str]) -> int:
     parser.add_argument("--n", type=positive, default=64, help="how many (default: 64)")
     parser.add_argument("--label", type=int, help="of a model with classes (default: all, in turn)")
     parser.add_argument("--decoder", type=Path, metavar="CHECKPOINT",
-                        help="the VQ-VAE that makes images of a code-prior's codes")  # fmt: skip
+                        help="the VQ-VAE, or its run, that makes images of a code-prior's codes")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE.png",
                         help="a picture of all (default: samples.png, or none with --npy alone)")  # fmt: skip
     parser.add_argument("--npy", type=Path, metavar="FILE.npy", help="an array of all, in the model's range")
     args = parser.parse_args(argv)
     model, _, loaded = load_model(args.checkpoint)
+    if args.decoder:
+        decoder, _ = load_vq(args.decoder)
+        check_codes(model, decoder.codes, f"the model of {args.decoder}")
     x = draw(model.to(args.device), args.n, seed=args.seed, label=args.label, device=args.device)
     if args.decoder:
-        decoder = load_model(args.decoder)[0]
         x = torch.cat([decode_codes(decoder, codes) for codes in x.split(SAMPLE_BATCH)])
         input_range = decoder.input_range
     else:

@@ -12,9 +12,8 @@ from .._names import unknown
 from ..nn import KLSchedule, VGGTrunk
 from . import data, machine
 from .config import Config
+from .data.codes import check_codes
 from .machine import Place
-
-DECODED = ("celeba", "images")  # data sets that are read at any size
 
 
 def fitted(config: Config, place: Place, model: Any,
@@ -30,9 +29,13 @@ def fitted(config: Config, place: Place, model: Any,
     if not len(dataset.x):
         raise ValueError(f"data: {dataset.name} has no samples")
     shape = tuple(dataset.x.shape[1:])
-    if not given and not _takes(model, shape):
+    codes = dataset.extra.get("codes")
+    fits = _takes(model, shape) and codes in (None, getattr(model, "codes", None))
+    if not given and not fits:
         sizes = {"in_dim": math.prod(shape), "items": math.prod(shape), "channels": shape[0],
                  "size": shape[-1], "side": shape[-1]}  # fmt: skip
+        if codes is not None:
+            sizes = {"codes": codes, "length": math.prod(shape)}
         has = inspect.signature(type(model)).parameters
         sizes = {name: size for name, size in sizes.items() if name in has and name not in config.model}
         config = dataclasses.replace(config, model={**config.model, **sizes})
@@ -40,6 +43,8 @@ def fitted(config: Config, place: Place, model: Any,
     if not _takes(model, shape):
         raise ValueError(f"data: {config.preset} takes samples of {tuple(model.input_shape)}, "
                          f"those of {dataset.name} are {shape}")  # fmt: skip
+    if codes is not None:
+        check_codes(model, codes, "the data set")
     if config.grid_every and len(shape) != 3:
         raise ValueError(f"grid_every must be 0, {dataset.name} has no images; got {config.grid_every}")
     if model.classes:
@@ -70,9 +75,7 @@ def _takes(model: Any, shape: tuple[int, ...]) -> bool:
 
 
 def _load(config: Config, place: Place, model: Any) -> data.Dataset:
-    size = config.size
-    if size is None and config.data in DECODED and len(model.input_shape) == 3:
-        size = model.input_shape[-1]
+    size = data.side(config.data, model.input_shape, config.size)
 
     def read() -> data.Dataset:
         return data.load(config.data, config.root, split=config.split, size=size, seed=config.split_seed,

@@ -61,7 +61,7 @@ def decoded(files: Files, wanted: Sequence[str], part: str, *, size: int | None,
         except OSError as error:
             if error.filename is not None:
                 raise  # an image that cannot be read
-            raise OSError(error.errno, f"{error.strerror}; cache= names another folder") from error
+            raise OSError(error.errno, f"{error.strerror}; cache= or --cache names another folder") from error
     return np.asarray(np.load(path, mmap_mode="r"))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..._names import unknown
 
 SPLITS = ("train", "valid", "test", "train+valid")
+DECODED = ("celeba", "images")  # data sets that are read at any size, from a cache of decoded images
 
 
 @dataclass
@@ -80,6 +81,13 @@ def scale(x: Tensor, peak: int, input_range: tuple[float, float] | None) -> Tens
     lo, hi = input_range
     unit = x.float().div_(peak) if x.dtype != torch.float32 else x / peak
     return unit if (lo, hi) == (0, 1) else unit.mul_(hi - lo).add_(lo)
+
+
+def side(name: str, input_shape: tuple[int, ...], asked: int | None = None) -> int | None:
+    """The side at which the images of a data set are read for a model: as asked, or else the model's."""
+    if asked is None and name in DECODED and len(input_shape) == 3:
+        return input_shape[-1]
+    return asked
 
 
 class Batches:
