@@ -155,6 +155,11 @@ def distributed(world, path):
     """Forks that train together; the results of each go to a file."""
     torch.set_num_threads(1)
     train(small(Path(path) / "warm"), model=vae(), dataset=dataset())  # a fork then finds all imported
+    forks(world, _rank, path)
+
+
+def forks(world, work, path):
+    """work(rank, path) in forks that are a process group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -164,7 +169,10 @@ def distributed(world, path):
         pids.append(os.fork())
         if pids[-1] == 0:
             try:
-                _rank(rank, path)
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                torch.distributed.init_process_group("gloo")
+                work(rank, path)
+                torch.distributed.destroy_process_group()
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
@@ -174,8 +182,6 @@ def distributed(world, path):
 
 
 def _rank(rank, path):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.distributed.init_process_group("gloo")
     results = {}
     for name, (model, changes) in DISTRIBUTED.items():
         result = train(small(Path(path) / name, **changes), model=model(), dataset=dataset())
@@ -185,7 +191,6 @@ def _rank(rank, path):
     except Interrupted as stop:
         results["stop"] = str(stop)
     torch.save(results, f"{path}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 DISTRIBUTED = {

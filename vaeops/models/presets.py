@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .._files import atomic
@@ -77,7 +78,8 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     """Write a model that `create` made: its state in safetensors, with the preset and the overrides.
 
     The file appears whole or not at all, and an older one of its name stays until then. A module among the
-    overrides (a VGGTrunk) is not written; give it to `load` again.
+    overrides (a VGGTrunk) is not written; give it to `load` again. Of a model that `fully_shard` divided
+    every process must call it; the first one writes.
 
     Raises:
         ValueError: model did not come from `create`. TypeError: an override is no plain value.
@@ -96,8 +98,13 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         metadata = {"vaeops": __version__, "preset": preset, "overrides": json.dumps(plain)}
     except TypeError as error:
         raise TypeError(f"save: overrides must be plain values, got {plain}: {error}") from error
+    parts = model.state_dict()
+    shards = any(hasattr(v, "full_tensor") for v in parts.values())
+    whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in parts.items()}
+    if shards and torch.distributed.get_rank():
+        return
     # Copies: tensors that share memory are refused, and so are those of another memory format.
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in whole.items()}
     with atomic(Path(path)) as file:
         file.write(serialize(state, metadata))
 

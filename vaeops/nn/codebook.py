@@ -110,6 +110,14 @@ class Codebook(nn.Module):
             table = torch.where(self.embed == table, self.embed, table)
         return table.unbind(0)
 
+    def _check_written(self) -> None:
+        """Under `fully_shard` a forward has a copy of a parameter, and what is written into it is lost."""
+        if not self.ema and getattr(self, "_is_fsdp_managed_module", False):
+            raise RuntimeError(
+                "VectorQuantize: with fully_shard a learned codebook can be neither started by k-means nor "
+                "revived: use ema=True, or no kmeans_init and no revive_below"
+            )
+
     @torch.no_grad()
     def start(self, xs: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
         """k-means over the rows of all processes, xs: H tensors [*R, D]. The first batch does it.
@@ -117,6 +125,7 @@ class Codebook(nn.Module):
         Lloyd's iterations from K rows spread over the batch. A code that no row is nearest to stays where it
         is; one for which there was no row, where it was initialised.
         """
+        self._check_written()
         processes, rank = world(self.sync)
         zeros = (torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device) for x in xs)
         indices = [i if m is None else i.masked_fill(~m, -1) for i, m in zip(zeros, masks)]
@@ -208,6 +217,7 @@ class Codebook(nn.Module):
 
     def revive(self, candidates: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Dead codes become rows of the batch. For each codebook: rows [R, D], which are usable [R]."""
+        self._check_written()
         states = zip(self.cluster_size, self.embed_avg, self.embed, self.seeds())
         for (size, average, code, seed), (x, usable) in zip(states, candidates):
             vq.vq_expire_(size, average, code, x, mask=usable, threshold=self.revive_below, seed=seed)

@@ -23,7 +23,7 @@ from .. import perplexity, rng
 from .._files import atomic
 from ..models.prior import decode_codes
 from ..nn import PosteriorMonitor
-from . import checkpoint, data as datasets, metrics
+from . import data as datasets, metrics
 from .checkpoint import load_model
 from .data import DECODED, Dataset
 from .data.codes import check_codes, load_vq
@@ -302,15 +302,20 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"{args.checkpoint} does not say what it was trained on: give --data")
     if args.cache and not {name, args.outliers} & CACHED:
         parser.error(f"--cache is of {', '.join(sorted(CACHED))}; {name} has none")
-    data = _split(name, args.split, args, model, config)
+
+    def read(name: str, split: str) -> Dataset:
+        cache = args.cache if name in CACHED else None
+        return read_split(name, split, model, config, root=args.root, cache=cache)
+
+    data = read(name, args.split)
     popularity = None
     if "held_out" in data.extra:
-        popularity = torch.as_tensor(_split(name, "train", args, model, config).x).sum(0)
+        popularity = torch.as_tensor(read(name, "train").x).sum(0)
     model = model.to(args.device)
     options = {"batch": args.batch, "device": args.device}
     asked = {}  # first, since what was asked for and does not apply raises
     if args.outliers:
-        others = _split(args.outliers, args.split, args, model, config)
+        others = read(args.outliers, args.split)
         asked["auroc"] = metrics.auroc(errors(model, data, **options), errors(model, others, **options))
     if args.extractor:
         asked["frechet"] = _frechet(model, data, args)
@@ -326,12 +331,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _split(name: str, split: str, args: argparse.Namespace, model: Model,
-           config: dict[str, Any]) -> Dataset:  # fmt: skip
-    """A split as the training had it: by its seed and, of data sets that are resized, in the model's size."""
+def read_split(name: str, split: str, model: Model, config: dict[str, Any], *, root: str | None = None,
+               cache: str | None = None) -> Dataset:  # fmt: skip
+    """A split as the training had it: by its seed and, of data sets that are resized, in the model's size.
+
+    root, cache: where it is and where its decoded images are, if not where the training found them.
+    """
     size = datasets.side(name, model.input_shape, config.get("size") if name in DECODED else None)
-    cache = (args.cache or config.get("cache")) if name in CACHED else None
-    return datasets.load(name, args.root or config.get("root"), split=split, size=size,
+    if name in CACHED:
+        cache = cache or config.get("cache")
+    return datasets.load(name, root or config.get("root"), split=split, size=size,
                          seed=config.get("split_seed", 0), cache=cache)  # fmt: skip
 
 

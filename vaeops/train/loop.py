@@ -160,7 +160,7 @@ class _Trainer:
             self.forward = torch.compile(self.forward)
         if place.world > 1:
             ids = [device] if device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.forward, device_ids=ids)
+            self.forward = DistributedDataParallel(self.forward, device_ids=ids, gradient_as_bucket_view=True)
 
         # A row for each step since the last line of the log: means over its micro-batches.
         self.columns: list[str] = []
