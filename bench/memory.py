@@ -1,4 +1,4 @@
-"""What an image costs celeba-vae-xl in memory: `python bench/memory.py`; --measure: also on this CPU for real.
+"""What an image costs celeba-vae-xl in memory: `python bench/memory.py`; --measure: for real, too.
 
 Counted: by how much the bytes of all tensors that are alive at once, at the peak of a training step, grow
 with each image. The tensors are fakes, which have a shape and no memory, so that models of any size are
@@ -22,7 +22,7 @@ from vaeops import models
 
 WIDTHS = (32, 64, 128, 256, 512, 512)
 SIZES = ((128, 1), (128, 2), (128, 4), (256, 1))  # side, and how many times WIDTHS
-COUNTED, MEASURED = (64, 128), (8, 16)  # batches; large ones, so that the activations make the peak
+COUNTED, MEASURED = (128, 256), (8, 16)  # batches; large ones, so that the activations make the peak
 
 
 def training(side, factor, amp, checkpointing, batch):

@@ -1,5 +1,6 @@
 """A small celeba-vae-xl and small VQ-VAEs in processes of their own: DDP by the trainer, FSDP2 by torch."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -78,25 +79,31 @@ def _rank(rank, path):
     path, world = Path(path), torch.distributed.get_world_size()
     place = Place(torch.device("cpu"), rank, world)
     results = {f"ddp {name}": trained(path / f"ddp {name}", **changes) for name, changes in TRAINER.items()}
-    for name in ("fp32", "bf16"):
-        out, options = path / f"fsdp {name}", {**RUN, **MODEL, "amp": name == "bf16"}
+    for name in ("fp32", "bf16", "resumed"):
+        out, options = path / f"fsdp {name}", {**RUN, **MODEL, "amp": name == "bf16", "every": 2}
+        if name == "resumed":
+            if rank == 0:
+                shutil.copytree(path / "fsdp fp32" / "step-000000002", out / "step-000000002")
+            torch.distributed.barrier()
         results[f"fsdp {name}"] = train_fsdp.train(place, faces(), out, steps=STEPS, **options)
-    for steps in (2, STEPS):
-        options = {**RUN, **MODEL, "amp": False}
-        results["resumed"] = train_fsdp.train(place, faces(), path / "resumed", steps=steps, **options)
     share = 16 // world
     for name in ("moving averages", "learned"):
         results[name] = quantized(name, slice(rank * share, (rank + 1) * share), place)
-    results["samples"] = _samples()
+    results["samples"], results["share"] = _samples()
     results["refused"] = _refused()
     torch.save(results, path / f"{rank}.pt")
 
 
 def _samples():
+    """Images of a sharded model, and the share of its weights that this process has."""
     torch.manual_seed(0)
     model = train_fsdp.sharded(train_fsdp.MixedPrecisionPolicy(), **MODEL)
     register_fsdp_forward_method(model, "sample")
-    return model.eval().sample(3, SEED)
+    samples = model.eval().sample(3, SEED)
+    model.reshard()
+    parameters = list(model.parameters())
+    share = sum(p.to_local().numel() for p in parameters) / sum(p.numel() for p in parameters)
+    return samples, share
 
 
 def _refused():

@@ -39,7 +39,8 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     path = tmp_path_factory.mktemp("alone")
-    return {name: case.trained(path / name, **changes) for name, changes in case.TRAINER.items()}
+    joined = {name: {**changes, "accumulate": 1} for name, changes in case.TRAINER.items()}
+    return {name: case.trained(path / name, **changes) for name, changes in joined.items()}
 
 
 def distance(state, right):
@@ -51,7 +52,7 @@ def distance(state, right):
     return (off / way).item()
 
 
-@pytest.mark.parametrize(("name", "loss", "weights"), [("fp32", 1e-5, 1e-3), ("bf16", 2e-3, 0.1)])
+@pytest.mark.parametrize(("name", "loss", "weights"), [("fp32", 1e-5, 2e-4), ("bf16", 5e-4, 0.1)])
 def test_two_processes_of_the_trainer_train_what_one_does(results, alone, name, loss, weights):
     """Micro-batches, averaged weights, checkpointing; in bf16 up to its rounding, which Adam makes larger."""
     _, (first, second) = results
@@ -63,7 +64,7 @@ def test_two_processes_of_the_trainer_train_what_one_does(results, alone, name, 
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize(("name", "loss", "weights"), [("fp32", 1e-5, 1e-3), ("bf16", 1e-2, 0.3)])
+@pytest.mark.parametrize(("name", "loss", "weights"), [("fp32", 1e-5, 2e-4), ("bf16", 5e-4, 0.15)])
 def test_sharded_training_is_that_of_one_process(results, alone, name, loss, weights):
     path, (first, second) = results
     right, right_losses = alone[name]
@@ -75,8 +76,9 @@ def test_sharded_training_is_that_of_one_process(results, alone, name, loss, wei
 
 def test_sharded_training_goes_on_to_the_same_bits(results):
     path, (first, _) = results
-    assert first["resumed"] == first["fsdp fp32"][2:]
-    whole, resumed = (models.load(path / run / "model.safetensors") for run in ("fsdp fp32", "resumed"))
+    assert first["fsdp resumed"] == first["fsdp fp32"][2:]
+    runs = path / "fsdp fp32", path / "fsdp resumed"
+    whole, resumed = (models.load(run / "model.safetensors") for run in runs)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
 
 
@@ -97,6 +99,7 @@ def test_a_method_of_a_sharded_model(results):
     expected = models.create("celeba-vae-xl", **case.MODEL).eval().sample(3, case.SEED)
     for rank in ranks:
         torch.testing.assert_close(rank["samples"], expected)
+        assert rank["share"] == pytest.approx(1 / WORLD, abs=0.02)
 
 
 def test_what_a_sharded_codebook_cannot_do(results):
