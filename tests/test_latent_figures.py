@@ -55,8 +55,8 @@ def test_directions_give_a_planted_attribute():
     train, test = planted(model, 1000, 0), planted(model, 400, 1)
     told, shifts = latent_figures.faces(model, train, test)
     for name, share in zip(NAMES, (0.5, 0.2, 0.7)):
-        assert told[name].share == pytest.approx(share, abs=0.08)
-        assert told[name].probe > 0.95 > told[name].majority == max(told[name].share, 1 - told[name].share)
+        assert told[name].majority == pytest.approx(max(share, 1 - share), abs=0.08)
+        assert told[name].probe > 0.95 > told[name].majority and told[name].auroc > 0.98
     assert list(shifts) == list(latent_figures.RECIPES)
     smile = shifts["Smiling"]["Smiling"]
     assert smile.faces == int((~test.attribute("Smiling")).sum())
@@ -196,18 +196,20 @@ def test_the_command_on_faces(tmp_path, capsys):
                     reason=f"no celeba_64.tar in {ROOT}: set VAEOPS_DATA")  # fmt: skip
 def test_directions_of_real_faces(tmp_path):
     """A small VAE, trained for a short while, already gives smiles and glasses that its probe sees again."""
-    settings = {"root": str(ROOT / "celeba_64.tar"), "cache": str(tmp_path), "size": 32, "steps": 600,
-                "model": {"side": 32, "width": 8, "latent": 64}, "lr_schedule": "cosine", "grid_every": 0,
-                "checkpoint_every": 0, "out": str(tmp_path / "run")}  # fmt: skip
+    settings = {"root": str(ROOT / "celeba_64.tar"), "cache": str(tmp_path), "size": 32, "steps": 300,
+                "model": {"side": 32, "width": 8, "latent": 64}, "beta": 0.2, "lr_schedule": "cosine",
+                "grid_every": 0, "checkpoint_every": 0, "out": str(tmp_path / "run")}  # fmt: skip
     model = loop.train(config.make("celeba-vae", **settings)).model
     train, test = (datasets.load("celeba", settings["root"], split=split, size=32, cache=tmp_path)
                    for split in ("train", "test"))  # fmt: skip
     told, shifts = latent_figures.faces(model, train, test)
     print(told, shifts)
+    assert told["Smiling"].probe > told["Smiling"].majority
     for name in ("Smiling", "Eyeglasses"):
-        assert told[name].probe > told[name].majority
-        for recipe in (name, f"2*{name}"):
-            shift = shifts[recipe][name]
-            assert shift.after > shift.before + 0.1 and shift.after > shift.other + 0.1
+        assert told[name].auroc > 0.6
+        once, twice = shifts[name][name], shifts[f"2*{name}"][name]
+        assert twice.before + 0.05 < twice.after and once.before < once.after < twice.after
+        assert twice.after - twice.before > 5 * abs(twice.other - twice.before)
     both = shifts["2*Eyeglasses - 2*Young"]
-    assert both["Eyeglasses"].after > both["Eyeglasses"].before and both["Young"].after < both["Young"].before
+    assert both["Eyeglasses"].after > both["Eyeglasses"].before + 0.05
+    assert both["Young"].after < both["Young"].before - 0.05

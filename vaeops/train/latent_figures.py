@@ -29,11 +29,11 @@ Model = Any
 
 
 class Attribute(NamedTuple):
-    """share: of the test faces that have it. probe: accuracy there. majority: that of the commoner answer."""
+    """Of the probe on the test faces: its accuracy, that of always the commoner answer, and its AUROC."""
 
-    share: float
     probe: float
     majority: float
+    auroc: float
 
 
 class Shift(NamedTuple):
@@ -65,8 +65,9 @@ def faces(model: Model, train: Dataset, test: Dataset, recipes: Sequence[str] = 
     probes = {name: latent.probe(z, train.attribute(name), seed) for name in names}
     told = {}
     for name in names:
-        share = float(has[name].double().mean())
-        told[name] = Attribute(share, probes[name].score(z_test, has[name]), max(share, 1 - share))
+        share, p = float(has[name].double().mean()), probes[name].probability(z_test)[:, 1].numpy()
+        auroc = metrics.auroc(p[~test.attribute(name)], p[test.attribute(name)])
+        told[name] = Attribute(probes[name].score(z_test, has[name]), max(share, 1 - share), auroc)
     order = torch.Generator().manual_seed(seed)
     shifts = {}
     for recipe, terms in wanted.items():
