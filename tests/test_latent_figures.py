@@ -85,8 +85,11 @@ def test_attributes_that_do_not_serve():
     train, test = planted(model, 200, 0), planted(model, 100, 1)
     with pytest.raises(ValueError, match=r"got 'Smilling'; the nearest: Smiling"):
         latent_figures.faces(model, train, test, ["Smilling"])
-    test.attributes[:] = True
-    with pytest.raises(ValueError, match="planted: 'Smiling' has no test face to begin with"):
+    test.attributes[:, 1] = test.attributes[:, 2]
+    with pytest.raises(ValueError, match="planted: 'Eyeglasses - Young' has no test face to begin with"):
+        latent_figures.faces(model, train, test, ["Eyeglasses - Young"])
+    test.attributes[:, 0] = True
+    with pytest.raises(ValueError, match="planted: Smiling must be true of some test faces and false of"):
         latent_figures.faces(model, train, test, ["Smiling"])
     train.attributes[9:, 0] = False
     with pytest.raises(ValueError, match="true of at least 10 samples"):

@@ -66,6 +66,8 @@ def faces(model: Model, train: Dataset, test: Dataset, recipes: Sequence[str] = 
     told = {}
     for name in names:
         share, p = float(has[name].double().mean()), probes[name].probability(z_test)[:, 1].numpy()
+        if not 0 < share < 1:
+            raise ValueError(f"{test.name}: {name} must be true of some test faces and false of others")
         auroc = metrics.auroc(p[~test.attribute(name)], p[test.attribute(name)])
         told[name] = Attribute(probes[name].score(z_test, has[name]), max(share, 1 - share), auroc)
     order = torch.Generator().manual_seed(seed)
