@@ -28,9 +28,14 @@ def _bench(rest: list[str]) -> int:
 
 
 def _experiment(rest: list[str]) -> int:
-    from .train import workshop_celeba, workshop_vq
+    from .train import latent_figures, workshop_celeba, workshop_vq
 
-    experiments = {"workshop-celeba": workshop_celeba.main, "workshop-vq": workshop_vq.main}
+    experiments = {
+        "latent-digits": latent_figures.digits_main,
+        "latent-faces": latent_figures.faces_main,
+        "workshop-celeba": workshop_celeba.main,
+        "workshop-vq": workshop_vq.main,
+    }
     if not rest or rest[0] not in experiments:
         print(f"usage: vaeops experiment {{{','.join(experiments)}}} ...", file=sys.stderr)
         return 0 if rest[:1] in (["-h"], ["--help"]) else 2
@@ -109,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("train", help="train a reference model; --help lists them")
     commands.add_parser("eval", help="the figures of a trained model on a data set")
     commands.add_parser("sample", help="samples of a trained model, as a picture or an array")
-    commands.add_parser("experiment", help="workshop-celeba or workshop-vq; --help after its name")
+    commands.add_parser("experiment", help="what a tutorial claims, as figures; --help after it lists them")
     argv = (sys.argv[1:] if argv is None else argv) or ["info"]
     if argv[0] == "bench":  # bench/run.py reads its own options, --help among them
         return _bench(argv[1:])
