@@ -43,7 +43,7 @@ def train(place, dataset, out, *, steps, batch, lr=2e-4, warmup=500, clip=1.0, e
     losses, first = [], 0
     if saved := sorted(out.glob("step-*/.metadata")):  # of a checkpoint it is written last
         state = _state(model, average, optimizer) | {"step": 0, "position": (0, 0)}
-        dcp.load(state, checkpoint_id=saved[-1].parent)
+        dcp.load(state, checkpoint_id=saved[-1].parent)  # into these very shards
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         first, batches.position = state["step"], state["position"]
     for step in range(first, steps):
@@ -66,7 +66,7 @@ def train(place, dataset, out, *, steps, batch, lr=2e-4, warmup=500, clip=1.0, e
             if place.rank == 0:
                 print(f"step {step + 1:,}: loss {recent:.5g}", flush=True)
     models.save(average, out / "model.safetensors")  # gathers the shards
-    return [place.mean(loss).item() for loss in losses]
+    return place.mean(torch.stack(losses)).tolist() if losses else []
 
 
 def _state(model, average, optimizer):
