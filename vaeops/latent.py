@@ -8,7 +8,6 @@ scikit-learn.
     happier = latent.decode(model, latent.move(z[:8], {"Smiling": smile}, "1.5*Smiling"))
 """
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._names import unknown
 from .objectives import active_units as active_units
 
 METHODS = ("linear", "spherical")
@@ -182,9 +182,7 @@ def move(z: Tensor, directions: Mapping[str, Tensor], recipe: str | Mapping[str,
     """
     for name, coefficient in (parse(recipe) if isinstance(recipe, str) else recipe).items():
         if name not in directions:
-            near = difflib.get_close_matches(name, directions, cutoff=0.5)
-            there = f"; the nearest: {', '.join(near)}" if near else f"; there are {', '.join(directions)}"
-            raise ValueError(f"move: recipe names {name!r}, which has no direction{there}")
+            raise ValueError(unknown("move: the recipe's direction", name, directions))
         z = z + (coefficient * directions[name]).to(z.dtype)
     return z
 
