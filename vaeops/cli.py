@@ -1,10 +1,13 @@
-"""The command line: `vaeops info | train | eval | sample | experiment | bench`. Also `python -m vaeops`."""
+"""`vaeops info | train | eval | sample | plot | experiment | bench`. Also `python -m vaeops`."""
 
 import argparse
 import dataclasses
+import inspect
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 _BENCH = Path(__file__).resolve().parent.parent / "bench" / "run.py"
 
@@ -93,12 +96,77 @@ def _train(rest: list[str]) -> int:
 def _trained(command: str, rest: list[str]) -> int:
     from .train import evaluate
 
-    run = {"eval": evaluate.main, "sample": evaluate.sample_main}[command]
+    run = {"eval": evaluate.main, "sample": evaluate.sample_main, "plot": _plot}[command]
     try:
         return run(rest)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"vaeops {command}: {error}", file=sys.stderr)
         return 2
+
+
+def _plot(rest: Sequence[str]) -> int:
+    from ._names import unknown
+    from .train import evaluate, plots
+    from .train.pictures import KINDS
+    from .train.runs import Run, distinct
+
+    if rest and not rest[0].startswith("-") and rest[0] not in KINDS:
+        raise ValueError(unknown("KIND", rest[0], KINDS))
+    options = vars(_plot_parser().parse_args(rest))
+    kind, paths, device = (options.pop(name) for name in ("kind", "run", "device"))
+    out = options.pop("out") or Path(f"{kind}.png")
+    plots.check_path(out)
+    distinct(runs := [Run(path, device) for path in paths])
+    draw = KINDS[kind]
+    takes = inspect.signature(draw).parameters
+    given: list[Any] = [runs] if "runs" in takes else [*runs]
+    if "read" in takes:
+        data, root, cache, among = (options.pop(key) for key in ("data", "root", "cache", "split"))
+
+        def read(run: Run, name: str | None = None, split: str = among) -> Any:
+            if (wanted := name or data or run.config.get("data")) is None:
+                raise ValueError(f"{run.path} does not say what it was trained on: give --data")
+            # Of another data set than the picture's, the cache is not meant unless it can have one.
+            own = cache if name is None or name in evaluate.CACHED else None
+            return evaluate.read_split(wanted, split, run.model, run.config, root=root, cache=own)
+
+        given.append(read)
+    figures = draw(*given, out, **options)
+    print(f"{out}: {kind} of {', '.join(run.name for run in runs)}")
+    for figure, value in figures.items():
+        print(f"  {figure:<40}{value if isinstance(value, int) else f'{value:.4g}':>10}")
+    return 0
+
+
+def _plot_parser() -> argparse.ArgumentParser:
+    """A kind's options are its keyword arguments."""
+    from .train.evaluate import positive
+    from .train.pictures import HELP, KINDS
+
+    parser = argparse.ArgumentParser(prog="vaeops plot", description="A picture of trained models.")
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    for name, draw in KINDS.items():
+        doc = inspect.getdoc(draw) or ""
+        sub = kinds.add_parser(name, help=doc.splitlines()[0], description=doc,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        add, takes = sub.add_argument, inspect.signature(draw).parameters
+        add("run", type=Path, nargs="+" if "runs" in takes else 1, metavar="RUN",
+            help="a run's folder, a checkpoint, or a .safetensors model")  # fmt: skip
+        add("--out", type=Path, help=f"the picture, .png, .pdf or .svg (default: {name}.png)")
+        add("--device", help="of the models (default: CUDA where there is a GPU)")
+        for option in takes.values():
+            if option.kind is option.KEYWORD_ONLY:
+                kind = positive if option.annotation is int and option.name != "seed" else option.annotation
+                needed = option.default is option.empty
+                default = "" if needed or option.default == "" else f" (default: {option.default})"
+                add(f"--{option.name}", type=kind, required=needed, help=HELP[option.name] + default,
+                    default=None if needed else option.default)  # fmt: skip
+        if "read" in takes:
+            add("--data", help="data set (default: the training's)")
+            add("--root", help="folder of the data sets (default: the training's)")
+            add("--cache", help="folder of decoded images (default: the training's)")
+            add("--split", default="test", help="train, valid or test (default: test)")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,13 +182,14 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("train", help="train a reference model; --help lists them")
     commands.add_parser("eval", help="the figures of a trained model on a data set")
     commands.add_parser("sample", help="samples of a trained model, as a picture or an array")
+    commands.add_parser("plot", help="a picture of trained models; --help lists the kinds")
     commands.add_parser("experiment", help="what a tutorial claims, as figures; --help after it lists them")
     argv = (sys.argv[1:] if argv is None else argv) or ["info"]
     if argv[0] == "bench":  # bench/run.py reads its own options, --help among them
         return _bench(argv[1:])
     if argv[0] == "train":
         return _train(argv[1:])
-    if argv[0] in ("eval", "sample"):
+    if argv[0] in ("eval", "sample", "plot"):
         return _trained(argv[0], argv[1:])
     if argv[0] == "experiment":
         return _experiment(argv[1:])

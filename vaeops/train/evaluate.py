@@ -236,14 +236,10 @@ def grid(images: Tensor) -> np.ndarray:
 
     Every pixel is one of the images', which a plot's are not.
     """
-    n, channels, height, width = images.shape
-    columns = math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    picture = np.full((rows, height + 2, columns, width + 2, channels), 255, np.uint8)
+    from . import plots
+
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    for i, image in enumerate(pixels):
-        picture[i // columns, 1:-1, i % columns, 1:-1] = image
-    return picture.reshape(rows * (height + 2), columns * (width + 2), channels)
+    return plots.tiled(pixels, math.ceil(math.sqrt(len(pixels))), gap=1, blank=255)
 
 
 def table(result: dict[str, Any]) -> str:
