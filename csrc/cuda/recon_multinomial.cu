@@ -184,9 +184,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<C>)
       }
     }
     if (rows.tiles == 1) continue;
-    const int64_t ticket = row / rows.rows_per_ticket, row0 = ticket * rows.rows_per_ticket;
-    const int64_t row1 = row0 + rows.rows_per_ticket < call.shape.rows ? row0 + rows.rows_per_ticket : call.shape.rows;
-    if (!last_to_arrive(scratch.tickets + ticket, static_cast<uint32_t>((row1 - row0) * rows.tiles))) continue;
+    int64_t row0, row1;
+    if (!rows.last_tile(scratch.tickets, row, call.shape.rows, row0, row1)) continue;
     for (int64_t r = row0 + threadIdx.x / kWarp; r < row1; r += kThreads / kWarp) {
       const double* const from = partials + r * rows.tiles * kNumbers;
       double highest = -INFINITY;

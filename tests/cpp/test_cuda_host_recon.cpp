@@ -150,29 +150,6 @@ void test_rows_alone() {
   }
 }
 
-// More long rows than tickets: several count on one. Every item of row r has the logit r / 8, seen through stride 0.
-void test_shared_tickets() {
-  const int64_t rows = cuda::kTickets + 30, width = 8200;
-  std::vector<float> logits(rows), nll(rows, NAN), total(rows, NAN);
-  std::vector<double> lse(rows, NAN);
-  for (int64_t r = 0; r < rows; ++r) logits[r] = static_cast<float>(r) / 8;
-  const float one = 1;
-  MultinomialForward call{};
-  call.shape = {2, {rows, width}, rows * width, rows, width};
-  call.logits.data = logits.data();
-  call.logits.stride[0] = 1;
-  call.target.data = const_cast<float*>(&one);
-  call.nll = nll.data();
-  call.total = total.data();
-  call.lse = lse.data();
-  OnCudaHost{"shared tickets"}(call);
-  for (int64_t r = 0; r < rows; ++r) {
-    const double want = logits[r] + std::log(static_cast<double>(width));
-    CHECK(std::fabs(lse[r] - want) < 1e-6, "row %d: %.9g, should be %.9g", int(r), lse[r], want);
-    CHECK(total[r] == width && std::fabs(nll[r] - width * std::log(width)) < 0.05, "row %d: %g", int(r), nll[r]);
-  }
-}
-
 // NaN and infinity stay in their element and row.
 void test_special_values() {
   for (int64_t width : {16, 19, 9000}) {
@@ -236,7 +213,6 @@ int main() {
   test_levels();
   test_large_logits();
   test_rows_alone();
-  test_shared_tickets();
   test_special_values();
   test_refused();
   return report();
