@@ -46,7 +46,7 @@ inline void check_orders(const ReconProblem& p, const std::vector<double>& bits,
 
 // Values, and the bits of the C++ kernels where both make each value by the same roundings: no exponential, no
 // logarithm, no sum.
-inline void check_cuda(const ReconProblem& p, uint64_t orders = 1, double slack = 1) {
+inline void check_cuda(const ReconProblem& p, uint64_t orders, double slack = 1) {
   const ReconResults ours = run_cuda(p);
   check_values(p, ours, p.c.name(), slack);
   check_orders(p, ours.values(p), orders);
@@ -63,10 +63,10 @@ inline void check_cuda(const ReconProblem& p, uint64_t orders = 1, double slack 
   }
 }
 
-inline void check_cuda(const ReconCase& c) {
+inline void check_cuda(const ReconCase& c, uint64_t orders) {
   ReconProblem p(c);
   p.hide();
-  check_cuda(p);
+  check_cuda(p, orders);
 }
 
 }  // namespace vaeops::test
