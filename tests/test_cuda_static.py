@@ -24,12 +24,13 @@ REGISTERS = (
     (r"^gather_backward_kernel", 80),
     (r"^(pack|frame|refine|gather|keys|sum|combine|fixed_point)_kernel", 64),
     (r"^columns_kernel|<double|^rows_kernel<Backward", 128),
-    (r"^multinomial_\w+_kernel|^rows_kernel|^flat_kernel<Backward<\w+, Path|, Path::linear|, Path::strided", 80),
+    (r"^rows_kernel|^flat_kernel<Backward<\w+, Path|, Path::linear|, Path::strided", 80),
+    (r"^multinomial_\w+_kernel", 80),
     (r"^flat_kernel", 64),
 )
 # (elements, instructions per element) of the loop in the kernels that carry training: fp32 at N(0, I). Counts
-# hold cold code (64-bit division, square roots of extreme numbers) too, and those of the reconstruction losses the
-# nine kinds and all types of an operand, of which a call runs one each. A jump: something is computed twice.
+# hold cold code (64-bit division, square roots of extreme numbers) too, and in the reconstruction losses all
+# kinds and all types of an operand, of which a call runs one each. A jump: something is computed twice.
 LOOPS = {
     r"^flat_kernel<Forward<float, Path::plain": (8, 115),
     r"^flat_kernel<Backward<float, Path::plain": (8, 120),
