@@ -115,7 +115,7 @@ def recon(impl: str) -> None:
 
 FAMILIES = {"rng": rng, "gaussian": gaussian, "vq": vq, "perceptual": perceptual, "recon": recon}
 # One op of a family, none of which has a CUDA kernel.
-WITHOUT_CUDA = {"perceptual": "perceptual_fwd", "recon": "recon_fwd"}
+WITHOUT_CUDA = {"perceptual": "perceptual_fwd"}
 
 
 def main(argv: list[str] | None = None) -> int:

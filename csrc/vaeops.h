@@ -414,6 +414,8 @@ struct Scratch {
 int64_t gaussian_forward_scratch(const GaussianForward& call);
 int64_t gaussian_backward_scratch(const GaussianBackward& call);
 int64_t log_prob_forward_scratch(const LogProbForward& call);
+int64_t recon_forward_scratch(const ReconForward& call);
+int64_t multinomial_forward_scratch(const MultinomialForward& call);
 int64_t vq_assign_scratch(const VqAssign& call);
 int64_t vq_gather_scratch(const VqGather& call);
 int64_t vq_gather_backward_scratch(const VqGatherBackward& call);
@@ -423,6 +425,11 @@ int gaussian_forward(const GaussianForward& call, Scratch scratch, CUstream_st* 
 int gaussian_backward(const GaussianBackward& call, Scratch scratch, CUstream_st* stream);
 int log_prob_forward(const LogProbForward& call, Scratch scratch, CUstream_st* stream);
 int log_prob_backward(const LogProbBackward& call, CUstream_st* stream);
+int recon_forward(const ReconForward& call, Scratch scratch, CUstream_st* stream);
+int recon_backward(const ReconBackward& call, CUstream_st* stream);
+// Of operands that are seen as [R, D] and no finer.
+int multinomial_forward(const MultinomialForward& call, Scratch scratch, CUstream_st* stream);
+int multinomial_backward(const MultinomialBackward& call, CUstream_st* stream);
 int normal(float* out /* [S, n / S] */, int64_t n, Noise noise, CUstream_st* stream);
 int fold_in(const int64_t* seed /* [M or 1, 2] */, int64_t seed_stride, const int64_t* index /* [M or 1] */,
             int64_t index_stride, int64_t* child /* [M, 2] */, int64_t m, CUstream_st* stream);

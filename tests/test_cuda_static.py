@@ -25,14 +25,20 @@ REGISTERS = (
     (r"^(pack|frame|refine|gather|keys|sum|combine|fixed_point)_kernel", 64),
     (r"^columns_kernel|<double|^rows_kernel<Backward", 128),
     (r"^rows_kernel|^flat_kernel<Backward<\w+, Path|, Path::linear|, Path::strided", 80),
+    (r"^multinomial_\w+_kernel", 80),
     (r"^flat_kernel", 64),
 )
 # (elements, instructions per element) of the loop in the kernels that carry training: fp32 at N(0, I). Counts
-# hold cold code (64-bit division, square roots of extreme numbers) too. A jump: something is computed twice.
+# hold cold code (64-bit division, square roots of extreme numbers) too, and in the reconstruction losses all
+# kinds and all types of an operand, of which a call runs one each. A jump: something is computed twice.
 LOOPS = {
     r"^flat_kernel<Forward<float, Path::plain": (8, 115),
     r"^flat_kernel<Backward<float, Path::plain": (8, 120),
     r"^normal_kernel": (4, 125),
+    r"^flat_kernel<Loss<float, true": (8, 450),
+    r"^flat_kernel<Slope<float, true": (8, 390),
+    r"^multinomial_forward_kernel<float": (8, 380),
+    r"^multinomial_backward_kernel<float": (8, 260),
 }
 # Share of a kernel's busiest loop that is multiply-adds.
 FMA_SHARE = {r"^tiles_kernel": 0.87}

@@ -20,7 +20,8 @@ def test_what_serves_cuda_where_everything_is_there(monkeypatch):
         _library, "why_not", lambda impl, device, name=None: None if impl != "cpp" else "runs on CPU"
     )
     assert _library.serving("cuda", "vq_gather") == "cuda"
-    assert _library.serving("cuda", "vq_assign") == _library.serving("cuda", "vq_topk") == "triton"
+    for name in ("vq_assign", "vq_topk", "recon_fwd", "recon_bwd", "multinomial_fwd", "multinomial_bwd"):
+        assert _library.serving("cuda", name) == "triton"
 
 
 def test_info_is_plain_values():

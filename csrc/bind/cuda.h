@@ -72,6 +72,16 @@ class Device {
            [&](cuda::Scratch scratch) { return cuda::log_prob_forward(call, scratch, stream_); });
   }
   void run(const LogProbBackward& call) const { succeed(cuda::log_prob_backward(call, stream_)); }
+  void run(const ReconForward& call) const {
+    launch(cuda::recon_forward_scratch(call),
+           [&](cuda::Scratch scratch) { return cuda::recon_forward(call, scratch, stream_); });
+  }
+  void run(const ReconBackward& call) const { succeed(cuda::recon_backward(call, stream_)); }
+  void run(const MultinomialForward& call) const {
+    launch(cuda::multinomial_forward_scratch(call),
+           [&](cuda::Scratch scratch) { return cuda::multinomial_forward(call, scratch, stream_); });
+  }
+  void run(const MultinomialBackward& call) const { succeed(cuda::multinomial_backward(call, stream_)); }
   void run(const VqAssign& call) const {
     launch(cuda::vq_assign_scratch(call),
            [&](cuda::Scratch scratch) { return cuda::vq_assign(call, scratch, stream_); });

@@ -1,7 +1,10 @@
 // Torch glue of the reconstruction losses. Schemas, meaning and argument checks of the public functions:
 // vaeops/ops/recon.py.
-#if !defined(VAEOPS_CUDA)  // there are no CUDA kernels of this family yet
+#if defined(VAEOPS_CUDA)
+#include "bind/cuda.h"
+#else
 #include "bind/cpu.h"
+#endif
 
 namespace vaeops::bind {
 namespace {
@@ -122,13 +125,14 @@ Tensor multinomial_bwd(const Tensor& grad, const Tensor& logits, const Tensor& t
 
 STABLE_TORCH_LIBRARY_IMPL(vaeops, VAEOPS_DEVICE, m) {
   using namespace vaeops::bind;
+#if !defined(VAEOPS_CUDA)  // there vaeops/ops/_library.py chooses
   m.impl("recon_fwd", TORCH_BOX(&recon_fwd));
-  m.impl("recon_fwd" VAEOPS_OVERLOAD, TORCH_BOX(&recon_fwd));
   m.impl("recon_bwd", TORCH_BOX(&recon_bwd));
-  m.impl("recon_bwd" VAEOPS_OVERLOAD, TORCH_BOX(&recon_bwd));
   m.impl("multinomial_fwd", TORCH_BOX(&multinomial_fwd));
-  m.impl("multinomial_fwd" VAEOPS_OVERLOAD, TORCH_BOX(&multinomial_fwd));
   m.impl("multinomial_bwd", TORCH_BOX(&multinomial_bwd));
+#endif
+  m.impl("recon_fwd" VAEOPS_OVERLOAD, TORCH_BOX(&recon_fwd));
+  m.impl("recon_bwd" VAEOPS_OVERLOAD, TORCH_BOX(&recon_bwd));
+  m.impl("multinomial_fwd" VAEOPS_OVERLOAD, TORCH_BOX(&multinomial_fwd));
   m.impl("multinomial_bwd" VAEOPS_OVERLOAD, TORCH_BOX(&multinomial_bwd));
 }
-#endif

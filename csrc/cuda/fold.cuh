@@ -132,6 +132,15 @@ struct Rows {
                             : kThreads,
             chunks <= kTile ? 1 : ceil_div(chunks, kTile), ceil_div(fold.kept_n, kTickets)};
   }
+
+  // True, in the whole block, for the last of all tiles that count on row p's ticket: those of rows [row0, row1).
+  __device__ __forceinline__ bool last_tile(uint32_t* tickets, int64_t p, int64_t count, int64_t& row0,
+                                            int64_t& row1) const {
+    const int64_t ticket = p / rows_per_ticket;
+    row0 = ticket * rows_per_ticket;
+    row1 = row0 + rows_per_ticket < count ? row0 + rows_per_ticket : count;
+    return last_to_arrive(tickets + ticket, static_cast<uint32_t>((row1 - row0) * tiles));
+  }
 };
 
 // Blocks per multiprocessor: the walk's own index arithmetic takes registers beside the Step's.
@@ -176,9 +185,8 @@ __global__ void __launch_bounds__(kThreads, kRowBlocks<Step>)
       }
     }
     if (rows.tiles == 1) continue;
-    const int64_t ticket = p / rows.rows_per_ticket, row0 = ticket * rows.rows_per_ticket;
-    const int64_t row1 = row0 + rows.rows_per_ticket < fold.kept_n ? row0 + rows.rows_per_ticket : fold.kept_n;
-    if (!last_to_arrive(sums.tickets + ticket, static_cast<uint32_t>((row1 - row0) * rows.tiles))) continue;
+    int64_t row0, row1;
+    if (!rows.last_tile(sums.tickets, p, fold.kept_n, row0, row1)) continue;
     for (int64_t row = row0 + threadIdx.x / kWarp; row < row1; row += kThreads / kWarp) {
 #pragma unroll
       for (int k = 0; k < Step::kOutputs; ++k) {

@@ -126,7 +126,9 @@ struct ReconResults {
   }
 };
 
-inline ReconResults run(const ReconProblem& p, ParallelFor parallel) {
+// Forward, then backward, by the kernels that `run` launches.
+template <class Run>
+ReconResults run_by(const Run& run, const ReconProblem& p) {
   const ReconCase& c = p.c;
   ReconResults r;
   r.loss = make({p.reduced_n()}, compute(c.dtype));
@@ -148,14 +150,14 @@ inline ReconResults run(const ReconProblem& p, ParallelFor parallel) {
     forward.nll = r.loss.data();
     forward.total = r.total.data();
     forward.lse = lse;
-    cpu::multinomial_forward(forward, parallel);
+    run(forward);
     MultinomialBackward backward{};
     fill(backward, backward.logits);
     backward.grad = p.grad.data();
     backward.total = r.total.data();
     backward.lse = lse;
     backward.glogits = merge.operand(r.gradient, 4);
-    cpu::multinomial_backward(backward, parallel);
+    run(backward);
     return r;
   }
   const auto options = [&](Recon& call) {
@@ -168,14 +170,24 @@ inline ReconResults run(const ReconProblem& p, ParallelFor parallel) {
   ReconForward forward{};
   options(forward);
   forward.out = r.loss.data();
-  cpu::recon_forward(forward, parallel);
+  run(forward);
   ReconBackward backward{};
   options(backward);
   backward.grad = merge.operand(p.grad, 3);
   backward.gpred = merge.operand(r.gradient, 4);
-  cpu::recon_backward(backward, parallel);
+  run(backward);
   return r;
 }
+
+struct OnCpu {
+  ParallelFor parallel;
+  void operator()(const ReconForward& call) const { cpu::recon_forward(call, parallel); }
+  void operator()(const ReconBackward& call) const { cpu::recon_backward(call, parallel); }
+  void operator()(const MultinomialForward& call) const { cpu::multinomial_forward(call, parallel); }
+  void operator()(const MultinomialBackward& call) const { cpu::multinomial_backward(call, parallel); }
+};
+
+inline ReconResults run(const ReconProblem& p, ParallelFor parallel) { return run_by(OnCpu{parallel}, p); }
 
 // A number, and how many roundoffs of the compute type of which size may be between it and ours.
 struct Bounded {

@@ -1,5 +1,7 @@
 """What only a GPU shows of the reconstruction losses: bits of sums, memory, CUDA graphs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,11 +9,22 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
-from vaeops.kernels import _layout, recon
+import vaeops  # noqa: F401
+from vaeops.kernels import _layout
+from vaeops.ops._library import why_not
 from vaeops.ref import recon as ref
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+OPS = ("recon_fwd", "recon_bwd", "multinomial_fwd", "multinomial_bwd")
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def recon(request):
+    """Runs the test once per implementation of the low-level ops."""
+    if reason := why_not(request.param, "cuda", "recon_fwd"):
+        pytest.skip(reason)
+    return SimpleNamespace(**{op: getattr(getattr(torch.ops.vaeops, op), request.param) for op in OPS})
 
 
 def uniform(*shape, seed=0, dtype=torch.float32):
@@ -24,7 +37,7 @@ def options(kind, reduction=3):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ref.ELEMENTWISE)
-def test_values_and_gradients(kind, dtype):
+def test_values_and_gradients(recon, kind, dtype):
     pred, image = uniform(300, 20, dtype=dtype), (255 * uniform(300, 20, seed=1)).to(torch.uint8)
     for target in (uniform(300, 20, seed=1, dtype=dtype), image, image > 99):
         for weight in (None, uniform(300, 20, seed=2) > 0.5, uniform(20, seed=2)):
@@ -38,7 +51,7 @@ def test_values_and_gradients(kind, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(300, 20), (7, 1025), (5, 100_000), (2, 3_000_000)])
-def test_multinomial(shape, dtype):
+def test_multinomial(recon, shape, dtype):
     logits, counts = (8 * uniform(*shape) - 4).to(dtype), (3 * uniform(*shape, seed=1)).floor().to(dtype)
     for weight in (None, uniform(*shape, seed=2) > 0.5, uniform(shape[1], seed=2)):
         args = logits, counts, weight
@@ -49,7 +62,7 @@ def test_multinomial(shape, dtype):
         torch.testing.assert_close(got, expected)
 
 
-def step(pred, target, logits, counts):
+def step(recon, pred, target, logits, counts):
     loss = recon.recon_fwd(pred, target, None, *options("bce_logits"))
     grad = recon.recon_bwd(loss, pred, target, None, *options("bce_logits"))
     nll, lse, total = recon.multinomial_fwd(logits, counts, None)
@@ -61,39 +74,39 @@ def inputs():
             8 * uniform(64, 50_000, seed=2), (3 * uniform(64, 50_000, seed=3)).floor())  # fmt: skip
 
 
-def test_a_step_is_the_same_bits_every_time_and_synchronises_nowhere():
+def test_a_step_is_the_same_bits_every_time_and_synchronises_nowhere(recon):
     args = inputs()
-    first = step(*args)
+    first = step(recon, *args)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        others = [step(*args) for _ in range(20)]
+        others = [step(recon, *args) for _ in range(20)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
     assert all(not t.any() for t in _layout._tickets.values())
 
 
-def test_a_row_does_not_depend_on_how_many_there_are():
+def test_a_row_does_not_depend_on_how_many_there_are(recon):
     _, _, logits, counts = inputs()
     whole = recon.multinomial_fwd(logits, counts, None)
     alone = recon.multinomial_fwd(logits[3:4], counts[3:4], None)
     assert all(torch.equal(w[3:4], a) for w, a in zip(whole, alone))
 
 
-def test_a_cuda_graph_replays_a_step():
+def test_a_cuda_graph_replays_a_step(recon):
     args = inputs()
-    step(*args)
+    step(recon, *args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(*args)
+        captured = step(recon, *args)
     for _ in range(3):
         args[0].uniform_()
         args[2].normal_()
         graph.replay()
-        assert all(torch.equal(c, w) for c, w in zip(captured, step(*args)))
+        assert all(torch.equal(c, w) for c, w in zip(captured, step(recon, *args)))
 
 
-def test_the_softmax_is_not_stored():
+def test_the_softmax_is_not_stored(recon):
     logits, counts = 8 * uniform(512, 100_000), uniform(512, 100_000, seed=1)
     recon.multinomial_fwd(logits, counts, None)
     torch.cuda.synchronize()

@@ -52,17 +52,18 @@ def _ref_multinomial_bwd(grad, logits, *args):
 
 _TENSORS = "Tensor pred, Tensor target, Tensor? weight"
 _OPTIONS = "int kind, float scale, int reduction, int batch_ndim"
+# Triton first until a GPU has measured both: its kernel is compiled for the kind and the types of a call.
 define("recon_fwd", f"({_TENSORS}, {_OPTIONS}) -> Tensor",
-       fake=_fake_recon_fwd, ref=ref.recon_fwd, triton=_triton("recon_fwd"), cuda=False)  # fmt: skip
+       fake=_fake_recon_fwd, ref=ref.recon_fwd, triton=_triton("recon_fwd"), triton_first=True)  # fmt: skip
 define("recon_bwd", f"(Tensor grad, {_TENSORS}, {_OPTIONS}) -> Tensor",
-       fake=_fake_recon_bwd, ref=_ref_recon_bwd, triton=_triton("recon_bwd"), cuda=False)  # fmt: skip
+       fake=_fake_recon_bwd, ref=_ref_recon_bwd, triton=_triton("recon_bwd"), triton_first=True)  # fmt: skip
 define("multinomial_fwd", "(Tensor logits, Tensor target, Tensor? weight) -> (Tensor, Tensor, Tensor)",
        fake=_fake_multinomial_fwd, ref=ref.multinomial_fwd, triton=_triton("multinomial_fwd"),
-       cuda=False)  # fmt: skip
+       triton_first=True)  # fmt: skip
 define("multinomial_bwd",
        "(Tensor grad, Tensor logits, Tensor target, Tensor? weight, Tensor lse, Tensor total) -> Tensor",
        fake=_fake_recon_bwd, ref=_ref_multinomial_bwd, triton=_triton("multinomial_bwd"),
-       cuda=False)  # fmt: skip
+       triton_first=True)  # fmt: skip
 
 
 def _fold_tensors(info, in_dims, tensors):
