@@ -4,7 +4,7 @@ from . import _native
 
 _native.load()
 
-from . import nn as nn, objectives as objectives, ref as ref, rng as rng
+from . import latent as latent, nn as nn, objectives as objectives, ref as ref, rng as rng
 from ._info import info as info
 from ._native import empty_cache as empty_cache
 from .nn.vgg import VGGTrunk as VGGTrunk
