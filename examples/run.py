@@ -36,7 +36,8 @@ def settings(notebook: nbformat.NotebookNode) -> list[str]:
     return [line.targets[0].id for line in lines if isinstance(line, ast.Assign)]
 
 
-def execute(path: Path, values: dict[str, Any] | None = None, *, timeout: float = 3600) -> nbformat.NotebookNode:
+def execute(path: Path, values: dict[str, Any] | None = None, *,
+            timeout: float = 3600) -> nbformat.NotebookNode:  # fmt: skip
     """The notebook with the outputs of a run in its folder, its settings replaced by `values` if given.
 
     Raises:
@@ -51,7 +52,7 @@ def execute(path: Path, values: dict[str, Any] | None = None, *, timeout: float 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebook", nargs="*", type=Path, default=notebooks(), help="default: all of them")
     os.environ.pop("VAEOPS_DATA", None)
     for path in parser.parse_args().notebook:
