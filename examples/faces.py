@@ -42,8 +42,8 @@ def draw(rng: np.random.Generator, side: int, smiling: bool, eyeglasses: bool, y
     skin = _between(rng, SKINS)
     hair = _between(rng, HAIRS) if young else (int(rng.integers(185, 236)),) * 3
     dark, lips = _shade(skin, 0.72), tuple(int(0.5 * c + 0.5 * r) for c, r in zip(skin, (190, 60, 70)))
-    scale, x0, y0 = rng.uniform(0.9, 1.08), rng.uniform(-0.04, 0.04), rng.uniform(-0.03, 0.05)
-    wide, apart = rng.uniform(0.255, 0.31), rng.uniform(0.105, 0.125)
+    scale, x0, y0 = rng.uniform(0.98, 1.06), rng.uniform(-0.015, 0.015), rng.uniform(-0.01, 0.02)
+    wide, apart = rng.uniform(0.265, 0.3), rng.uniform(0.11, 0.12)
     image = Image.new("RGB", (size, size), backdrop)
     pen = ImageDraw.Draw(image)
 
@@ -64,7 +64,7 @@ def draw(rng: np.random.Generator, side: int, smiling: bool, eyeglasses: bool, y
     pen.rectangle(box(0, 0.32, 0.1, 0.14), fill=dark)
     pen.ellipse(box(0, -0.08, wide + 0.05, 0.36), fill=hair)
     pen.ellipse(box(0, 0.02, wide, 0.34), fill=skin)
-    fringe = rng.uniform(0.16, 0.24)
+    fringe = rng.uniform(0.17, 0.22)
     pen.chord(box(0, -0.14, wide + 0.02, fringe), 180, 360, fill=hair)
     if not young:
         for y in (-0.125, -0.16):
@@ -72,22 +72,22 @@ def draw(rng: np.random.Generator, side: int, smiling: bool, eyeglasses: bool, y
         for sign in (-1, 1):
             pen.line([at(sign * 0.1, 0.1), at(sign * 0.15, 0.2)], fill=dark, width=thick(0.014))
 
-    look = rng.uniform(-0.015, 0.015)
-    iris = _colour(rng.uniform(0.05, 0.65), 0.6, rng.uniform(0.25, 0.6))
+    look = rng.uniform(-0.01, 0.01)
+    iris = _colour(rng.uniform(0.05, 0.65), 0.6, rng.uniform(0.25, 0.5))
     for sign in (-1, 1):
         pen.ellipse(box(sign * apart, -0.03, 0.055, 0.035), fill=(250, 250, 250))
         pen.ellipse(box(sign * apart + look, -0.03, 0.028, 0.032), fill=iris)
         pen.line([at(sign * (apart - 0.05), -0.095), at(sign * (apart + 0.055), -0.09)],
                  fill=_shade(hair, 0.8), width=thick(0.022))  # fmt: skip
     pen.line([at(0, 0.0), at(0.025, 0.09), at(-0.01, 0.095)], fill=dark, width=thick(0.016))
-    mouth = rng.uniform(0.175, 0.2)
+    mouth = rng.uniform(0.18, 0.195)
     if smiling:
         pen.chord(box(0, mouth - 0.02, 0.12, 0.085), 0, 180, fill=lips)
         pen.chord(box(0, mouth - 0.015, 0.095, 0.045), 0, 180, fill=(255, 252, 245))
     else:
-        pen.ellipse(box(0, mouth, rng.uniform(0.06, 0.085), 0.02), fill=lips)
+        pen.ellipse(box(0, mouth, rng.uniform(0.06, 0.08), 0.022), fill=lips)
     if eyeglasses:
-        frame = _colour(rng.random(), 0.5, rng.uniform(0.05, 0.25))
+        frame = _colour(rng.random(), 0.5, rng.uniform(0.05, 0.2))
         for sign in (-1, 1):
             pen.ellipse(box(sign * apart, -0.03, 0.092, 0.085), outline=frame, width=thick(0.026))
             pen.line([at(sign * (apart + 0.09), -0.04), at(sign * wide, -0.06)], fill=frame,

@@ -24,7 +24,7 @@ SMALL = {
     "1-autoencoder-and-vae": {"data": "digits", "steps": 20, "batch": 32, "hidden": 32, "beta": 0.3,
                               "wide": 4, "betas": (10.0,), "side": 5},
     "2-faces": {"data": "drawn", "n": 120, "side": 16, "width": 8, "dims": 8, "steps": 4, "batch": 8,
-                "gamma": 0.1, "vgg": None},
+                "beta": 2.0, "gamma": 0.1, "vgg": None},
     "3-vq-vae": {"data": "digits", "steps": 20, "batch": 32, "hidden": 32, "dim": 8},
     "4-code-prior": {"data": "drawn", "n": 120, "side": 16, "codes": 16, "hidden": 16, "steps": 4,
                      "width": 16, "prior_steps": 60, "batch": 8},
@@ -82,10 +82,9 @@ def test_what_is_committed_is_clean(path):
         for output in cell.outputs:
             assert output.output_type != "error" and output.get("name") != "stderr", cell.id
     text = re.sub(r'"image/png": "[^"]*"', "", path.read_text())
-    # Of this machine, or of any: a path, a home, who is logged in.
-    assert not re.search(r"(?<![\w.:/)}])/(home|root|Users|tmp|usr|work|opt|var|mnt)/", text)
-    assert not re.search(r"\b[A-Z]:\\\\", text) and str(Path.home()) not in text.split()
-    assert not re.search(r"[\w.]+@[\w.]+\.\w+", text)
+    # Nobody's folders (which name their owners), no addresses.
+    assert not re.search(r"(?<![\w.:/)}])/(home|root|Users|tmp|usr|work|opt|var|mnt)\b", text)
+    assert not re.search(r"\b[A-Z]:\\\\|[\w.]+@[\w.]+\.\w+", text)
 
 
 def test_drawn_faces_show_their_attributes():
