@@ -34,8 +34,11 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def _environment(tmp_path, monkeypatch):
-    """Of the kernels: this checkout, no data sets, nobody's IPython settings."""
+    """Of the notebooks' processes: this checkout, no data sets, nobody's IPython settings; and one thread, since in
+    models this small two of them wait for each other.
+    """
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.delenv("VAEOPS_DATA", raising=False)
 
