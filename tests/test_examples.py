@@ -34,8 +34,8 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def _environment(tmp_path, monkeypatch):
-    """Of the notebooks' processes: this checkout, no data sets, nobody's IPython settings; and one thread, since in
-    models this small two of them wait for each other.
+    """Of the notebooks' processes: this checkout, no data sets, nobody's IPython settings; one thread, since
+    in models so small two wait for each other.
     """
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
