@@ -1,7 +1,7 @@
 # make demo and make test do everything on a fresh machine. With PYTHON=... they use that interpreter and its torch.
 # TORCH_INDEX=URL takes torch from another package index, say PyTorch's own one of CPU builds.
 
-.PHONY: demo test test-all lint format sanitize sanitize-gpu fuzz bench gpu clean
+.PHONY: demo test test-all notebooks lint format sanitize sanitize-gpu fuzz bench gpu clean
 
 ifeq ($(origin PYTHON), undefined)
   PY := .venv/bin/python
@@ -25,12 +25,16 @@ test: $(BUILT)
 test-all: $(BUILT)
 	$(PY) -m pytest tests --slow
 
+# Runs the example notebooks and keeps what they print and draw.
+notebooks: $(BUILT)
+	$(PY) examples/run.py
+
 # torchvision stays apart: a CUDA build of it breaks whatever imports it next to a CPU torch (bench/peers.py mends that).
 .venv/ready: constraints.txt pyproject.toml
 	test -x .venv/bin/python || python3 -m venv .venv
 	$(PIP) install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch triton numpy setuptools \
 	  ninja pybind11 pytest pytest-benchmark hypothesis scikit-learn scipy matplotlib pillow tqdm safetensors torchmetrics \
-	  ruff mypy clang-format vector-quantize-pytorch diffusers
+	  ruff mypy clang-format nbclient nbformat ipykernel vector-quantize-pytorch diffusers
 	$(PIP) install -q --no-deps -c constraints.txt lpips
 	$(PIP) install -q --no-deps -c constraints.txt --upgrade --target .venv/peers torchvision
 	touch $@
