@@ -76,6 +76,15 @@ def test_uniform_noise_reports_a_lower_loss_and_is_a_worse_model():
     assert judged["uniform"] > judged["normal"]
 
 
+@pytest.fixture
+def one_thread():
+    """The layers are small: on a busy machine threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def trained(model, x, steps, lr, kl_term=torch.sum):
     """Adam on batches of 128; kl_term: what the objective makes of the KL of each dim."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
@@ -90,7 +99,7 @@ def trained(model, x, steps, lr, kl_term=torch.sum):
     return model.eval()
 
 
-def test_a_heavy_kl_collapses_the_posterior_and_free_bits_keep_it():
+def test_a_heavy_kl_collapses_the_posterior_and_free_bits_keep_it(one_thread):
     """The monitor flags the one, with no unit in use, and not the other."""
     digits = torch.from_numpy(pytest.importorskip("sklearn.datasets").load_digits().data / 16).float()
     found = {}
@@ -109,7 +118,7 @@ def test_a_heavy_kl_collapses_the_posterior_and_free_bits_keep_it():
     assert found[0.25]["kl"] > 0.25
 
 
-def test_a_linear_autoencoder_learns_what_pca_does():
+def test_a_linear_autoencoder_learns_what_pca_does(one_thread):
     """Its error lies between those of PCA with as many components and with one less."""
     digits = torch.from_numpy(pytest.importorskip("sklearn.datasets").load_digits().data / 16).float()
     decomposition = pytest.importorskip("sklearn.decomposition")
