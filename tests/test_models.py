@@ -105,6 +105,10 @@ def test_training_agrees_with_the_reference(name):
     assert_agreement(name, MODELS[name][1])
 
 
+def test_training_of_a_linear_autoencoder_agrees_with_the_reference():
+    assert_agreement("ae-mlp", {"in_dim": 36, "hidden": (), "latent": 3, "sigmoid": False})
+
+
 def test_training_with_uniform_noise_agrees_with_the_reference():
     assert_agreement("workshop-vae", MODELS["workshop-vae"][1] | {"noise": "uniform"})
 

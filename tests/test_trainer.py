@@ -46,6 +46,8 @@ def test_settings_are_typed_and_begin_at_the_preset():
     assert config.model == {"latent": 10, "hidden": (8, 4), "recon": "mse"}
     assert parse(["preset=vae-mlp", "steps=7"]).epochs is None
     assert make("workshop-vae", epochs=2).steps is None
+    flags = parse(["preset=ae-mlp", "model.sigmoid=false", "model.a=True", "model.b=none"]).model
+    assert flags == {"sigmoid": False, "a": True, "b": None}
     assert parse(["lr=1"], config).model == config.model
 
 

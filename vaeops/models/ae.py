@@ -17,7 +17,7 @@ from .vae import he_init_, mlp
 class Autoencoder(nn.Module):
     """What the autoencoders here share: mean squared error of what `decoder` makes of `encoder`'s z.
 
-    Samples are in [0, 1]; the decoder ends with a sigmoid.
+    Samples are in [0, 1]; the decoder ends with a sigmoid, unless a model says otherwise.
 
     Args:
         input_shape: of one sample.
@@ -69,23 +69,29 @@ class Autoencoder(nn.Module):
 class MLPAutoencoder(Autoencoder):
     """in_dim - hidden - ... - latent - ... - hidden - in_dim, ReLU between, a sigmoid at the end.
 
+    Without hidden layers and sigmoid it is linear: the best one spans what PCA's first components do.
+
     Args:
         in_dim, latent: widths of the data and of z.
-        hidden: widths of the encoder's hidden layers; the decoder mirrors them.
+        hidden: widths of the encoder's hidden layers, () for none; the decoder mirrors them.
+        sigmoid: whether the decoder ends with one. What it gives may else lie outside of [0, 1].
         init: "torch" for PyTorch's own initial weights, "he" for He et al.'s (2015) with biases 0.
         ops: as in Autoencoder.
 
     Source: Hinton & Salakhutdinov, "Reducing the Dimensionality of Data with Neural Networks", 2006, with
-    ReLU. (784, (512,), 20) with "he" is that of MaxinAI, amld2020-workshop, ae_vae_mnist.
+    ReLU. (784, (512,), 20) with "he" is that of MaxinAI, amld2020-workshop, ae_vae_mnist. Linear: Baldi &
+    Hornik, "Neural Networks and Principal Component Analysis", 1989.
     """
 
-    def __init__(self, in_dim: int, hidden: Sequence[int], latent: int, *, init: str = "torch",
-                 ops: str = "fused") -> None:  # fmt: skip
+    def __init__(self, in_dim: int, hidden: Sequence[int], latent: int, *, sigmoid: bool = True,
+                 init: str = "torch", ops: str = "fused") -> None:  # fmt: skip
         super().__init__((in_dim,), latent, ops=ops)
         if init not in ("torch", "he"):
             raise ValueError(f"{type(self).__name__}: init must be 'torch' or 'he', got {init!r}")
         self.encoder = mlp([in_dim, *hidden, latent])
-        self.decoder = mlp([latent, *hidden[::-1], in_dim]).append(nn.Sigmoid())
+        self.decoder = mlp([latent, *hidden[::-1], in_dim])
+        if sigmoid:
+            self.decoder.append(nn.Sigmoid())
         if init == "he":
             he_init_(self)
 

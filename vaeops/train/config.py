@@ -157,7 +157,7 @@ def parse(arguments: Iterable[str], base: Config | None = None) -> Config:
     """Settings from `key=value` texts, over those of `base`, or of the preset among the arguments.
 
     Types are the dataclass's. `model.latent=10` and `weights.recon=0.5` set one entry; a model's value is a
-    Python literal, or a text.
+    Python literal, true, false or none in any case, or a text.
     """
     texts: dict[str, str] = {}
     for argument in arguments:
@@ -192,8 +192,13 @@ def differences(old: dict[str, Any], new: Config) -> list[str]:
             if name not in MAY_CHANGE and plain.get(name) != came.get(name)]  # fmt: skip
 
 
+_WORDS = {"true": True, "false": False, "none": None}
+
+
 def _convert(name: str, text: str, hint: Any) -> Any:
     if hint is Any:
+        if text.lower() in _WORDS:  # a text "false" would be true
+            return _WORDS[text.lower()]
         try:
             return ast.literal_eval(text)
         except (ValueError, SyntaxError):
