@@ -140,26 +140,24 @@ def _larger_recon(train, monkeypatch):
 
 
 def _kl_without_its_gradient(train, monkeypatch):
-    honest = train.ours
+    honest = train.our_vae
 
-    def ours(model):
+    def without(model):
         loss = honest(model)
-        if model.impl:
-            return loss
 
-        def without(x, seed):
-            kl = model.terms(x, seed=seed).losses["kl"].sum()
+        def wrong(x, seed):
+            kl = model(x, seed=seed).kl.sum()
             return loss(x, seed) - kl + kl.detach()
 
-        return without
+        return loss if model.impl else wrong
 
-    monkeypatch.setattr(train, "ours", ours)
+    monkeypatch.setattr(train, "our_vae", without)
 
 
 def _other_noise(train, monkeypatch):
-    honest = train.ours
+    honest = train.our_vae
     monkeypatch.setattr(
-        train, "ours", lambda model: lambda x, seed: honest(model)(x, seed + (not model.impl))
+        train, "our_vae", lambda model: lambda x, seed: honest(model)(x, seed + (not model.impl))
     )
 
 

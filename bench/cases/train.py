@@ -32,8 +32,9 @@ RECON: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": lambda p, x: F.l1_loss(p, x, reduction="sum") / len(x),
     "mse": F.mse_loss,
 }
-# Relative difference of the loss, and of all gradients in L2, that is allowed; with a VGG more ReLUs flip.
-BUDGET, PERCEPTUAL_BUDGET = 1e-4, 1e-3
+# Relative difference of the loss, and of all gradients in L2, that is allowed. With a VGG more ReLUs flip;
+# distances in fp32 choose other codes for some rows.
+BUDGET, WIDER_BUDGET = 1e-4, 1e-3
 Loss = Callable[[Tensor, Any], Tensor]
 
 
@@ -70,10 +71,21 @@ def eager_vq(model: Any) -> Loss:
     return loss
 
 
-def ours(model: Any) -> Loss:
+def our_vae(model: Any) -> Loss:
     def loss(x: Tensor, seed: Tensor) -> Tensor:
-        losses = model.terms(x, seed=seed).losses
-        return sum(weight * losses[name].sum() for name, weight in model.weights.items())
+        losses = model.losses(model(x, seed=seed), x)
+        total = losses["recon"] + losses["kl"].sum()
+        if "perceptual" in losses:
+            total = total + model.weights["perceptual"] * losses["perceptual"]
+        return total
+
+    return loss
+
+
+def our_vq(model: Any) -> Loss:
+    def loss(x: Tensor, _: None) -> Tensor:
+        losses = model.terms(x).losses
+        return losses["recon"] + model.weights["commit"] * losses["commit"]
 
     return loss
 
@@ -169,7 +181,7 @@ class StepCase:
         return create(self.preset, **options, ops=ops).to(device)
 
     def reference(self, model: Any, x: Tensor) -> Loss:
-        return ours(model)
+        return our_vae(model)
 
     def inputs(self, device: torch.device) -> Inputs:
         return Inputs((_start(self, device).x.clone(),), None)
@@ -180,12 +192,13 @@ class StepCase:
             hooks = Hooks(_trunk(device).sequential(), "sum") if self.perceptual else None
             return Step(model, eager_vae(model, hooks), "eps", fused=fused, compiled=compiled)
 
-        return _rows("eager", rival, compiled) + self.our_rows(device, "seed", compiled)
+        return _rows("eager", rival, compiled) + self.our_rows(our_vae, "seed", device, compiled)
 
-    def our_rows(self, device: torch.device, noise: str | None, compiled: bool) -> list[Row]:
+    def our_rows(self, loss: Callable[[Any], Loss], noise: str | None, device: torch.device,
+                 compiled: bool) -> list[Row]:  # fmt: skip
         def step(compiled: bool) -> Step:
             model = self.model(device)
-            return Step(model, ours(model), noise, fused=True, compiled=compiled)
+            return Step(model, loss(model), noise, fused=True, compiled=compiled)
 
         rows = [Row(our_impls(device)[0][0], step(False), ours=True, step=True)]
         if compiled:
@@ -198,7 +211,7 @@ class StepCase:
         start = _start(self, x.device)
         step.model.load_state_dict(start.state)
         (loss,) = step(x, start.noise[step.noise])
-        allowed = PERCEPTUAL_BUDGET if self.perceptual else BUDGET
+        allowed = WIDER_BUDGET if self.perceptual or not (row.ours or step.noise) else BUDGET
         named = dict(step.model.named_parameters())
         gradients = zip((p.grad for p in named.values()), start.gradients, strict=True)
         lost = sum(float((g - exact).double().square().sum()) for g, exact in gradients) ** 0.5
@@ -249,7 +262,7 @@ class VQStepCase(StepCase):
         return eager_vq(model)
 
     def rows(self, device: torch.device, compiled: bool) -> list[Row]:
-        mine = self.our_rows(device, None, compiled)
+        mine = self.our_rows(our_vq, None, device, compiled)
         if importlib.util.find_spec("vector_quantize_pytorch") is None:
             return mine
         from vector_quantize_pytorch import VectorQuantize
