@@ -73,15 +73,15 @@ def checked(case: Case, device: torch.device, compiled: bool, inputs: Inputs) ->
         except Exception as error:
             all_right &= not row.ours
             text = "".join(str(error).splitlines()[:1])
-            print(f"  {row.name:22s} {'FAILED' if row.ours else 'not run'}: {type(error).__name__}: {text}")
+            print(f"  {row.name:26s} {'FAILED' if row.ours else 'not run'}: {type(error).__name__}: {text}")
             continue
         wrong = {name: share for name, share in shares.items() if not share <= 1}
         if wrong:
             all_right = False
             text = ", ".join(f"{name} at {share:.3g}" for name, share in wrong.items())
-            print(f"  {row.name:22s} WRONG: {text} times its error budget")
+            print(f"  {row.name:26s} WRONG: {text} times its error budget")
         else:
-            print(f"  {row.name:22s} right: {max(shares.values()):.0%} of the error budget at most")
+            print(f"  {row.name:26s} right: {max(shares.values()):.0%} of the error budget at most")
             good.append(row)
     return good, all_right
 
@@ -103,14 +103,14 @@ def run_case(case: Case, args: argparse.Namespace, ceilings: dict[str, float]) -
     timings = measure.interleaved(work, args.rounds, turn, args.device)
     ours = {row.name for row in rows if row.ours}
     rate = "images/s" if rows[0].step else "elem/ns"
-    print(f"  {'row':22s} {'direction':17s} {'median':>9s} {'p20':>9s} {'p80':>9s} {'min':>9s} "
+    print(f"  {'row':26s} {'direction':17s} {'median':>9s} {'p20':>9s} {'p80':>9s} {'min':>9s} "
           f"{UNITS[case.ceiling]:>7s} {'share':>6s} {rate:>8s}  memory")  # fmt: skip
     stored = []
     for (name, direction), timing in timings.items():
         amount = case.work_forward + (case.work_backward if "backward" in direction else 0)
         row = csv_row(name, direction, timing, case.ceiling, amount, ceilings)
         times = " ".join(f"{time_text(t):>9s}" for t in (timing.median, timing.p20, timing.p80, timing.min))
-        print(f"  {name:22s} {direction:17s} {times} {float(row['g_per_s']):7.2f} {float(row['share']):6.1%} "
+        print(f"  {name:26s} {direction:17s} {times} {float(row['g_per_s']):7.2f} {float(row['share']):6.1%} "
               f"{speed(case.elements, direction, timing):>8s}  {bytes_text(kept[name])}"
               f"{_against(name, direction, timings, ours)}")  # fmt: skip
         stored.append(row | {"elements": case.elements, "memory_bytes": kept[name]})

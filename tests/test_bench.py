@@ -122,7 +122,7 @@ def test_training_steps(tmp_path, bench):
     rows = {case: {r["row"] for r in found if r["case"] == case} for case in {r["case"] for r in found}}
     eager = {"eager", "eager, fused Adam", f"vaeops ({serving('cpu')})"}
     peer = importlib.util.find_spec("vector_quantize_pytorch")
-    rivals = {"lucidrains", "lucidrains, fused Adam"} if peer else set()
+    rivals = {"lucidrains"} if peer else set()
     assert rows == {
         "step/vae-mlp-small-b16": eager, "step/celeba-vae-perceptual-small-b2": eager,
         "step-vq/vq-vae-small-b4-K32": rivals | {f"vaeops ({serving('cpu')})"},
