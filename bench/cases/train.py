@@ -31,8 +31,8 @@ RECON: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": lambda p, x: F.l1_loss(p, x, reduction="sum") / len(x),
     "mse": F.mse_loss,
 }
-# Relative difference of the loss, and of all gradients in L2, that is allowed. With a VGG more ReLUs flip. Rows
-# between two codes choose another one where distances are in fp32, or where compiled nets round differently.
+# Relative difference of the loss, and of all gradients in L2, that is allowed. A VGG's ReLUs flip more; rows
+# between two codes take another one by distances in fp32, or where compiled nets round differently.
 BUDGET, WIDER_BUDGET = 1e-4, 1e-3
 Loss = Callable[[Tensor, Any], Tensor]
 
