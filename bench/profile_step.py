@@ -90,21 +90,29 @@ class Labels:
         return PRODUCTS if product else REST
 
 
-def parts_of(step: train.Step, x: torch.Tensor) -> dict[str, float]:
-    """Seconds of one step, by part."""
+def attributed(step: train.Step, x: torch.Tensor) -> list[tuple[FunctionEvent, str]]:
+    """The events of one step, and the part of each."""
     with (
         Labels(step.model) as labels,
         profile(activities=[ProfilerActivity.CPU]) as profiler,
         record_function(STEP_MARK),
     ):
         step(x)
-    seconds = dict.fromkeys(PARTS, 0.0)
+    found = []
     for event in profiler.events():
         top = event
         while top.cpu_parent is not None:
             top = top.cpu_parent
         if top.name == STEP_MARK:  # not what the profiler itself does
-            seconds[labels.part(event)] += event.self_cpu_time_total / 1e6
+            found.append((event, labels.part(event)))
+    return found
+
+
+def parts_of(step: train.Step, x: torch.Tensor) -> dict[str, float]:
+    """Seconds of one step, by part."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for event, part in attributed(step, x):
+        seconds[part] += event.self_cpu_time_total / 1e6
     return seconds
 
 
