@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 COMPILE = "torch.compile"
+STEP = "training step"  # a direction
 
 
 class Inputs(NamedTuple):
@@ -26,19 +27,20 @@ class Row:
     ours: bool = False
     # False: forward only, on inputs that want no gradient, and not checked by gradients
     backward: bool = True
+    step: bool = False  # a call is a whole training step, backward and optimizer included
 
 
 class Case(Protocol):
     family: str
     name: str
     small: bool  # belongs to `--quick` and to the plain `pytest bench`
-    elements: int
+    elements: int  # of a training step: its images
     dtype: torch.dtype
     # What bounds the fused kernel: "copy" (its work is bytes: every input read once, every output written
     # once) or "matmul" (its work is floating-point operations).
     ceiling: str
     work_forward: int
-    work_backward: int  # 0: the case has no backward
+    work_backward: int  # 0: the case has no backward, or calls it itself
     memory: str  # what is told of a CPU's memory: "kept" for backward, or the "peak" above the inputs
 
     def inputs(self, device: torch.device) -> Inputs: ...

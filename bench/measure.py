@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from .case import Case, Inputs, Row, cotangents
+from .case import STEP, Case, Inputs, Row, cotangents
 
 MIN_CALLS, MAX_CALLS = 3, 2000  # of one row in one round
+SLOW_SECONDS = 0.3  # a call that takes longer is alone in its round
 WARM_ROUNDS = 1
 TURN_SECONDS = 0.03  # of one row in one round
 STATUS = Path("/proc/self/status")
@@ -80,6 +81,12 @@ def input_sets(case: Case, device: torch.device) -> list[Inputs]:
     return [first, *(case.inputs(device) for _ in range(copies - 1))]
 
 
+def directions(case: Case, row: Row) -> tuple[str, ...]:
+    if row.step:
+        return (STEP,)
+    return ("forward", "forward+backward") if case.work_backward and row.backward else ("forward",)
+
+
 def steps(case: Case, row: Row, sets: list[Inputs]) -> dict[str, Callable[[int], object]]:
     """{direction: step(i)}; step i uses the i-th input set, and frees its results, at a cost."""
     calls = [tuple(t if row.backward else t.detach() for t in s.leaves) for s in sets]
@@ -87,8 +94,9 @@ def steps(case: Case, row: Row, sets: list[Inputs]) -> dict[str, Callable[[int],
     def forward(i: int) -> None:
         row.call(*calls[i % len(calls)])
 
-    if not (case.work_backward and row.backward):
-        return {"forward": forward}
+    first, *more = directions(case, row)
+    if not more:
+        return {first: forward}
     outputs = row.call(*calls[0])
     grads = [cotangents(outputs, s) for s in sets]
 
@@ -98,7 +106,7 @@ def steps(case: Case, row: Row, sets: list[Inputs]) -> dict[str, Callable[[int],
         for leaf in leaves:
             leaf.grad = None
 
-    return {"forward": forward, "forward+backward": both}
+    return {first: forward, more[0]: both}
 
 
 def interleaved(work: dict[tuple[str, str], Callable[[int], object]], rounds: int, turn: float,
@@ -108,7 +116,9 @@ def interleaved(work: dict[tuple[str, str], Callable[[int], object]], rounds: in
     calls = {}
     for key in keys:
         seconds_per_call(work[key], 1, device)
-        calls[key] = min(MAX_CALLS, max(MIN_CALLS, math.ceil(turn / seconds_per_call(work[key], 1, device))))
+        once = seconds_per_call(work[key], 1, device)
+        least = MIN_CALLS if once < SLOW_SECONDS else 1
+        calls[key] = min(MAX_CALLS, max(least, math.ceil(turn / once)))
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
     with quiet_gc():
         for r in range(-WARM_ROUNDS, rounds):

@@ -88,7 +88,8 @@ def _bars(rows: list[dict], value: str, scale: float, label: str, title: str, pa
 
 def draw(rows: list[dict], folder: Path, machine: str, threads: int) -> list[Path]:
     """Three PNGs of one machine's rows at one number of threads; returns their paths."""
-    rows = _last_direction([r for r in rows if r["machine"] == machine and int(r["threads"]) == threads])
+    rows = [r for r in rows if r["machine"] == machine and int(r["threads"]) == threads]
+    rows = _last_direction([r for r in rows if r["direction"].startswith("forward")])  # training has tables
     ceilings = {r["ceiling"]: float(r["g_per_s"]) for r in rows if r["case"].startswith("machine/")}
     rows = [r for r in rows if not r["case"].startswith("machine/")]
     if not rows:

@@ -7,7 +7,7 @@ Rounds of all rows are interleaved in rotating order. A speed-up is the rival's 
 G/s counts the work of the fused kernel, whatever a row really does: bytes where a plain copy bounds it,
 floating-point operations where matrix products do. Its share is of that ceiling, measured in the same run;
 above 100 % of a copy the data came from a cache. Memory: on a CPU the bytes kept for backward or the peak
-above the inputs, as the case says, on a GPU the peak.
+above the inputs, as the case says, on a GPU the peak. A training step has images/s beside its time.
 """
 
 import argparse
@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # run as a script: its own folder gives way to th
 import torch
 
 from bench import measure, results
-from bench.case import COMPILE, Case, Inputs, Row
+from bench.case import COMPILE, STEP, Case, Inputs, Row
 from bench.cases import ALL, select
 from bench.measure import Timing
 from bench.text import UNITS, bytes_text, time_text
@@ -73,15 +73,15 @@ def checked(case: Case, device: torch.device, compiled: bool, inputs: Inputs) ->
         except Exception as error:
             all_right &= not row.ours
             text = "".join(str(error).splitlines()[:1])
-            print(f"  {row.name:22s} {'FAILED' if row.ours else 'not run'}: {type(error).__name__}: {text}")
+            print(f"  {row.name:26s} {'FAILED' if row.ours else 'not run'}: {type(error).__name__}: {text}")
             continue
         wrong = {name: share for name, share in shares.items() if not share <= 1}
         if wrong:
             all_right = False
             text = ", ".join(f"{name} at {share:.3g}" for name, share in wrong.items())
-            print(f"  {row.name:22s} WRONG: {text} times its error budget")
+            print(f"  {row.name:26s} WRONG: {text} times its error budget")
         else:
-            print(f"  {row.name:22s} right: {max(shares.values()):.0%} of the error budget at most")
+            print(f"  {row.name:26s} right: {max(shares.values()):.0%} of the error budget at most")
             good.append(row)
     return good, all_right
 
@@ -102,18 +102,24 @@ def run_case(case: Case, args: argparse.Namespace, ceilings: dict[str, float]) -
     turn = QUICK_TURN_SECONDS if args.quick else measure.TURN_SECONDS
     timings = measure.interleaved(work, args.rounds, turn, args.device)
     ours = {row.name for row in rows if row.ours}
-    print(f"  {'row':22s} {'direction':17s} {'median':>9s} {'p20':>9s} {'p80':>9s} {'min':>9s} "
-          f"{UNITS[case.ceiling]:>7s} {'share':>6s} {'elem/ns':>8s}  memory")  # fmt: skip
+    rate = "images/s" if rows[0].step else "elem/ns"
+    print(f"  {'row':26s} {'direction':17s} {'median':>9s} {'p20':>9s} {'p80':>9s} {'min':>9s} "
+          f"{UNITS[case.ceiling]:>7s} {'share':>6s} {rate:>8s}  memory")  # fmt: skip
     stored = []
     for (name, direction), timing in timings.items():
         amount = case.work_forward + (case.work_backward if "backward" in direction else 0)
         row = csv_row(name, direction, timing, case.ceiling, amount, ceilings)
         times = " ".join(f"{time_text(t):>9s}" for t in (timing.median, timing.p20, timing.p80, timing.min))
-        print(f"  {name:22s} {direction:17s} {times} {float(row['g_per_s']):7.2f} {float(row['share']):6.1%} "
-              f"{case.elements / timing.median / 1e9:8.4f}  {bytes_text(kept[name])}"
+        print(f"  {name:26s} {direction:17s} {times} {float(row['g_per_s']):7.2f} {float(row['share']):6.1%} "
+              f"{speed(case.elements, direction, timing):>8s}  {bytes_text(kept[name])}"
               f"{_against(name, direction, timings, ours)}")  # fmt: skip
         stored.append(row | {"elements": case.elements, "memory_bytes": kept[name]})
     return stored, right
+
+
+def speed(elements: int, direction: str, timing: Timing) -> str:
+    rate = elements / timing.median
+    return f"{rate:,.0f}" if direction == STEP else f"{rate / 1e9:.4f}"
 
 
 def csv_row(

@@ -5,7 +5,7 @@ import torch
 
 from .case import Row
 from .cases import ALL
-from .measure import input_sets, steps
+from .measure import directions, input_sets, steps
 
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -17,8 +17,7 @@ def pytest_generate_tests(metafunc):
     for case in ALL:
         if case.small or large:
             for row in case.rows(DEVICE, compiled=large):
-                both = case.work_backward and row.backward
-                for direction in ("forward", *(["forward+backward"] if both else [])):
+                for direction in directions(case, row):
                     name = f"{case.family}/{case.name}-{row.name}-{direction}"
                     params.append(pytest.param(case, row, direction, id=name))
     metafunc.parametrize(("case", "row", "direction"), params)

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -113,6 +114,125 @@ def test_a_wrong_row_prints_no_time(broken, tmp_path, bench, monkeypatch, capsys
     assert {r["row"] for r in rows_of(path)} == {"torch copy", "eager", "vaeops, low-level op"}
 
 
+def test_training_steps(tmp_path, bench):
+    assert bench("run").main(["--quick", "--case", "step", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    (path,) = tmp_path.glob("*.csv")
+    found = [r for r in rows_of(path) if r["case"].startswith("step")]
+    assert {r["direction"] for r in found} == {"training step"}
+    rows = {case: {r["row"] for r in found if r["case"] == case} for case in {r["case"] for r in found}}
+    eager = {"eager", "eager, fused Adam", f"vaeops ({serving('cpu')})"}
+    peer = importlib.util.find_spec("vector_quantize_pytorch")
+    rivals = {"lucidrains"} if peer else set()
+    assert rows == {
+        "step/vae-mlp-small-b16": eager, "step/celeba-vae-perceptual-small-b2": eager,
+        "step-vq/vq-vae-small-b4-K32": rivals | {f"vaeops ({serving('cpu')})"},
+    }  # fmt: skip
+    assert all(int(r["work"]) > 0 and int(r["memory_bytes"]) > 0 for r in found)
+
+
+def _larger_recon(train, monkeypatch):
+    honest = train.vaeops.models.vae.recon_loss
+
+    def larger(*args, impl, **options):
+        return honest(*args, impl=impl, **options) * (1 if impl else 1.0005)
+
+    monkeypatch.setattr(train.vaeops.models.vae, "recon_loss", larger)
+
+
+def _kl_without_its_gradient(train, monkeypatch):
+    honest = train.our_vae
+
+    def without(model):
+        loss = honest(model)
+
+        def wrong(x, seed):
+            kl = model(x, seed=seed).kl.sum()
+            return loss(x, seed) - kl + kl.detach()
+
+        return loss if model.impl else wrong
+
+    monkeypatch.setattr(train, "our_vae", without)
+
+
+def _other_noise(train, monkeypatch):
+    honest = train.our_vae
+    monkeypatch.setattr(
+        train, "our_vae", lambda model: lambda x, seed: honest(model)(x, seed + (not model.impl))
+    )
+
+
+def _adam_that_rests(train, monkeypatch):
+    honest = train.Step.__init__
+
+    def rests(self, model, *args, **options):
+        honest(self, model, *args, **options)
+        if options["fused"]:
+            self.optimizer.step = lambda: None
+
+    monkeypatch.setattr(train.Step, "__init__", rests)
+
+
+@pytest.mark.parametrize("broken", [_larger_recon, _kl_without_its_gradient, _other_noise, _adam_that_rests])
+def test_a_wrong_training_step_prints_no_time(broken, tmp_path, bench, monkeypatch, capsys):
+    train = bench("cases.train")
+    train._start.cache_clear()
+    broken(train, monkeypatch)
+    arguments = ["--quick", "--case", "step/vae-mlp", "--out", str(tmp_path), "--device", "cpu"]
+    assert bench("run").main(arguments) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+    assert any(line.split()[0].startswith("vaeops") for line in wrong)
+    (path,) = tmp_path.glob("*.csv")
+    assert "eager" in {r["row"] for r in rows_of(path)}
+    assert not [r for r in rows_of(path) if r["row"].startswith("vaeops")]
+
+
+def test_a_wrong_quantizer_prints_no_time(bench, monkeypatch, capsys):
+    def other_codes(self, x, *args, honest=vaeops.nn.VectorQuantize.forward, **options):
+        out = honest(self, x, *args, **options)
+        return out._replace(quantized=out.quantized.roll(1, 0))
+
+    bench("cases.train")._start.cache_clear()
+    monkeypatch.setattr(vaeops.nn.VectorQuantize, "forward", other_codes)
+    assert bench("run").main(["--quick", "--case", "step-vq", "--device", "cpu"]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+    assert len(wrong) == 1 and wrong[0].split()[0] == "vaeops"
+
+
+def test_parts_of_a_training_step(tmp_path, bench, capsys):
+    out, page = tmp_path / "box.csv", tmp_path / "page.md"
+    assert bench("profile_step").main(["--quick", "--steps", "3", "--out", str(out)]) == 0
+    found = rows_of(out)
+    always = {"products", "reconstruction", "Adam", "rest"}
+    parts = {case: set() for case in {r["case"] for r in found}}
+    for r in found:
+        parts[r["case"]].add(r["direction"])
+        assert 0 < float(r["share"]) < 1
+    assert parts == {
+        "step-parts/vae-mlp-small-b16": always | {"latent"},
+        "step-parts/celeba-vae-perceptual-small-b2": always | {"latent", "perceptual"},
+        "step-parts/vq-vae-small-b4-K32": always | {"quantization"},
+    }
+    for case, row in {(r["case"], r["row"]) for r in found}:
+        here = {r["direction"]: float(r["share"]) for r in found if (r["case"], r["row"]) == (case, row)}
+        assert sum(here.values()) == pytest.approx(1, abs=1e-3)
+    page.write_text("<!-- bench:step-parts@box -->\n<!-- /bench -->\n")
+    assert bench("readme").main(["--readme", str(page), "--results", str(tmp_path)]) == 0
+    assert "| case | row | products | latent |" in page.read_text()
+    assert f"| vae-mlp-small-b16 | vaeops ({serving('cpu')}) |" in page.read_text()
+
+
+def test_backward_counts_for_the_part_that_made_the_node(bench):
+    device = torch.device("cpu")
+    case = next(c for c in bench("cases.train").CASES if c.small and c.perceptual)
+    step = case.rows(device, compiled=False)[0].call
+    found = bench("profile_step").attributed(step, *case.inputs(device).leaves)
+    backward = [part for event, part in found if event.name == "aten::convolution_backward"]
+    convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in step.model.modules())
+    # Of the VGG those up to relu3_3.
+    assert (backward.count("perceptual"), backward.count("products")) == (7, convolutions)
+    assert {part for event, part in found if event.name.startswith("Optimizer.")} == {"Adam"}
+
+
 def test_our_failure_fails_the_run_and_a_rivals_does_not(bench, monkeypatch, capsys):
     run, gaussian = bench("run"), bench("cases.gaussian")
     arguments = ["--quick", "--case", TINY, "--device", "cpu"]
@@ -177,6 +297,25 @@ def test_readme_is_drawn_and_checked(readme, bench):
     assert text.read_text().startswith("# T\n") and text.read_text().endswith("<!-- /bench -->\nrest\n")
     text.write_text(text.read_text().replace("3.0", "9.0"))
     assert draw("--check") == 1
+
+
+def test_a_table_of_training_steps(tmp_path, bench):
+    results, page = bench("results"), tmp_path / "page.md"
+    common = dict.fromkeys(results.FIELDS, "1") | {
+        "machine": "box", "memory_bytes": "2048", "elements": "64", "share": "0.5",
+        "direction": "training step",
+    }  # fmt: skip
+    results.store(tmp_path / "box.csv", common | {"case": "step/vae-b64"}, [
+        {"row": "eager", "median_us": "2000", "min_us": "1300"}, {"row": "vaeops (cpp)", "median_us": "1000"},
+    ])  # fmt: skip
+    page.write_text("<!-- bench:step@box -->\n<!-- /bench -->\n")
+    other = tmp_path / "other.md"
+    other.write_text("nothing to draw\n")
+    draw = bench("readme").main
+    assert draw(["--check", "--readme", str(other), str(page), "--results", str(tmp_path)]) == 1
+    assert draw(["--readme", str(other), str(page), "--results", str(tmp_path)]) == 0
+    line = "| vae-b64 | 2.00 ms | 1.00 ms | 1.30 | 50% | 2.0 KiB → 2.0 KiB | 32,000 → 64,000 |"
+    assert line in page.read_text() and "Training step, median of" in page.read_text()
 
 
 @pytest.mark.parametrize("block, message", [

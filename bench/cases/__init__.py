@@ -1,9 +1,9 @@
 """Every case, by family. A new op adds its file here."""
 
 from ..case import Case
-from . import gaussian, perceptual, recon, rng, vq
+from . import gaussian, perceptual, recon, rng, train, vq
 
-ALL: list[Case] = [*rng.CASES, *gaussian.CASES, *recon.CASES, *vq.CASES, *perceptual.CASES]
+ALL: list[Case] = [*rng.CASES, *gaussian.CASES, *recon.CASES, *vq.CASES, *perceptual.CASES, *train.CASES]
 
 
 def select(patterns: list[str] | None) -> list[Case]:

@@ -22,6 +22,7 @@ from ..case import COMPILE, Inputs, Row, our_impls
 
 TAPS = ("relu2_1", "relu3_3")
 LAYERS = (6, 15)  # the same, as indices of torchvision's vgg16().features
+PER_PIXEL = 372_096  # operations of the convolutions up to relu3_3, two a multiplication
 BF16, CACHED = "vaeops, bf16", "vaeops, cached target"
 # Error budgets: loss relative, image gradient relative in L2. In bf16 more ReLUs flip, in PyTorch's most.
 FP32 = {"loss": 1e-6, "gradient": 2e-3}
@@ -52,11 +53,11 @@ def _eager(features: nn.Sequential) -> Callable[[Tensor, Tensor], tuple]:
     return loss
 
 
-class _Hooks:
-    """Forward hooks on every layer of the net, as the common recipe has it."""
+class Hooks:
+    """Forward hooks on a whole net, as the common recipe has it."""
 
-    def __init__(self, features: nn.Sequential) -> None:
-        self.features, self.found = features, {}
+    def __init__(self, features: nn.Sequential, reduction: str = "mean") -> None:
+        self.features, self.reduction, self.found = features, reduction, {}
         for i in LAYERS:
             features[i].register_forward_hook(self._keep(i))
 
@@ -70,7 +71,7 @@ class _Hooks:
         self.features(x)
         ours = dict(self.found)
         self.features(target)
-        return (sum(F.mse_loss(ours[i], self.found[i]) for i in LAYERS),)
+        return (sum(F.mse_loss(ours[i], self.found[i], reduction=self.reduction) for i in LAYERS),)
 
 
 def _relative(got: Tensor, exact: Tensor) -> float:
@@ -89,8 +90,7 @@ class LossCase:
     ceiling: str = "matmul"
     memory: str = "kept"
     allowed: ClassVar = FP32
-    # of the convolutions up to relu3_3, two operations a multiplication, by pixel
-    _per_pixel: int = field(default=372_096, repr=False)
+    _per_pixel: int = field(default=PER_PIXEL, repr=False)
 
     @property
     def name(self) -> str:
@@ -122,7 +122,7 @@ class LossCase:
             like = {"dtype": torch.bfloat16, "memory_format": torch.channels_last}
             return in_bf16(x.to(**like), target.to(**like))
 
-        rows = [Row("hooks", _Hooks(trunk.sequential())), Row("eager", _eager(cut)),
+        rows = [Row("hooks", Hooks(trunk.sequential())), Row("eager", _eager(cut)),
                 Row("eager bf16", channels_last)]  # fmt: skip
         if compiled:
             rows.append(Row(COMPILE, torch.compile(_eager(cut), fullgraph=True, dynamic=False)))
