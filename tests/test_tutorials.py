@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vaeops import models
+from vaeops import cli, models
 from vaeops.train import config, evaluate, workshop_celeba, workshop_vq
 
 HERE = Path(__file__).parent
@@ -42,6 +42,8 @@ def test_command(command, monkeypatch):
         monkeypatch.setattr(module, "read", parsed)
         with pytest.raises(Parsed):
             module.main(words[1:])
+    elif name == "plot":
+        cli._plot_parser().parse_args(words)
     else:
         monkeypatch.setattr(evaluate, "load_model", parsed)
         with pytest.raises(Parsed):
