@@ -87,6 +87,29 @@ def test_attributes_follow_the_grad_mode_of_their_reader():
     assert q.std.requires_grad and q.kl().requires_grad  # not the one made without a graph
 
 
+def test_the_kl_is_of_the_moments_as_they_are_now():
+    p = moments((2, 4))
+    q = DiagonalGaussianDistribution(p.clone())
+    q.sample()
+    q.parameters.mul_(2)
+    torch.testing.assert_close(q.kl(), DiagonalGaussianDistribution(2 * p).kl())
+    q.sample()
+    q.parameters = p
+    torch.testing.assert_close(q.kl(), DiagonalGaussianDistribution(p).kl())
+    with torch.inference_mode():
+        q = DiagonalGaussianDistribution(p.clone())
+        q.sample()
+        q.parameters.mul_(2)
+        torch.testing.assert_close(q.kl(), DiagonalGaussianDistribution(2 * p).kl())
+
+
+def test_kl_to_a_batch_of_others():
+    one, others = moments((1, 4)), moments((3, 4), seed=1)
+    kl = DiagonalGaussianDistribution(one).kl(DiagonalGaussianDistribution(others))
+    again = DiagonalGaussianDistribution(one.expand(3, 4)).kl(DiagonalGaussianDistribution(others))
+    assert kl.shape == (3,) and torch.equal(kl, again)
+
+
 def test_one_generator_per_sample_draws_each_alone():
     q = DiagonalGaussianDistribution(moments((3, 8, 4, 5)))
     z = q.sample([torch.Generator().manual_seed(i) for i in range(3)])

@@ -210,6 +210,42 @@ def test_extreme_log_variances(isa):
     torch.testing.assert_close(kl, exact, equal_nan=True, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("param", "extreme"), [("std", [0.0, -1.0, 1e-30]), ("logvar", [100.0, -400.0]), ("logstd", [80.0])]
+)
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_the_samples_gradient_needs_no_kl(isa, dtype, param, extreme, with_prior):
+    """Where the KL of an element is infinite, the sample's gradient is not: the KL takes no part in it."""
+    rho = torch.tensor([(extreme * 70)[:70]] * 2, dtype=dtype)
+    mu, eps = torch.randn(2, 70).to(dtype), torch.randn(2, 70)
+    prior = (torch.zeros(70, requires_grad=True), torch.ones(70, requires_grad=True)) if with_prior else None
+
+    def gradients(impl):
+        leaves = [t.clone().requires_grad_() for t in (mu, rho)]
+        z = vaeops.reparam_kl(*leaves, prior=prior, param=param, eps=eps, reduction="sample", impl=impl).z
+        return torch.autograd.grad(z.sum(), leaves)
+
+    for ours, exact in zip(gradients("cpp"), gradients("ref")):
+        assert bool(exact.isfinite().all())
+        torch.testing.assert_close(ours, exact, rtol=1e-2 if dtype is torch.bfloat16 else 2e-5, atol=0)
+
+
+@pytest.mark.parametrize(("mu", "logvar"), [(1e-3, 1e-3), (1e-4, 0.0), (0.5, 0.5)])
+@pytest.mark.parametrize("shape", [(4, 4096), (3, 5000), (2, 20000)])
+def test_the_kl_of_equal_elements_does_not_drift(isa, mu, logvar, shape):
+    """A collapsed posterior's elements are all alike: sums in one long chain would all round the same way."""
+    mu, logvar = torch.full(shape, mu), torch.full(shape, logvar)
+    for reduction in ("sum", "sample", "batchmean"):
+        kl = vaeops.gaussian_kl(mu, logvar, reduction=reduction)
+        exact = ref.gaussian_kl(mu.double(), logvar.double(), reduction=reduction)
+        torch.testing.assert_close(kl.double(), exact, rtol=5e-7, atol=0)
+    x = torch.full(shape, 0.3)
+    nll = vaeops.gaussian_log_prob(x, mu, logvar, reduction="sample")
+    exact = ref.gaussian_log_prob(x.double(), mu.double(), logvar.double(), reduction="sample")
+    torch.testing.assert_close(nll.double(), exact, rtol=5e-7, atol=0)
+
+
 def test_nan_and_inf_stay_in_their_row(isa):
     mu, logvar = make((6, 70))
     clean = vaeops.reparam_kl(mu, logvar, seed=SEED, reduction="sample")

@@ -120,6 +120,11 @@ def test_compiles():
             ValueError,
             r"must be reduced by 'batchmean' to \[\], got \[4\]",
         ),
+        (
+            lambda: ELBOLoss("mse", free_bits=1)(*batch()[:2], vaeops.reparam_kl(*batch()[2:])),
+            ValueError,
+            r"must be reduced by 'dim' to \[4\], got \[\]",
+        ),
     ],
 )
 def test_bad_arguments(call, error, text):

@@ -155,6 +155,11 @@ def test_anneal_begins_at_start_and_ends_at_stop(kind):
         torch.testing.assert_close(values[20], torch.tensor((0.25 + 2) / 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.bfloat16])
+def test_anneal_is_fp32(dtype):
+    assert objectives.anneal(torch.tensor(3, dtype=dtype), "linear", steps=10).dtype is torch.float32
+
+
 def test_anneal_formulas():
 
     def at(step, kind, **o):

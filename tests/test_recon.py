@@ -57,6 +57,15 @@ def test_sizes(isa, kind, shape):
                                         batch_ndim=batch_ndim)  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["mse", "l1", "bce_logits", "bce"])
+def test_the_sum_of_equal_elements_does_not_drift(isa, kind):
+    pred, target = torch.full((3, 20000), 0.3), torch.full((3, 20000), 0.2)
+    for reduction in ("sum", "sample"):
+        loss = vaeops.recon_loss(pred, target, kind, reduction=reduction)
+        exact = ref.recon_loss(pred.double(), target.double(), kind, reduction=reduction)
+        torch.testing.assert_close(loss.double(), exact, rtol=5e-7, atol=0)
+
+
 def test_levels_of_an_8_bit_image_are_those_of_a_division(isa):
     levels = torch.arange(256, dtype=torch.uint8)
     zeros = torch.zeros(256)

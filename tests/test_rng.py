@@ -169,6 +169,7 @@ def test_compile_fullgraph_and_dynamic():
         (lambda: rng.normal((3,), SEED[:1]), ValueError, r"seed must have shape \[2\]"),
         (lambda: rng.normal((3,), [1, 2]), TypeError, "seed must be an int64 tensor"),
         (lambda: rng.normal((-3,), SEED), ValueError, "shape must hold non-negative ints"),
+        (lambda: rng.normal(3, SEED), TypeError, "shape must be a list or tuple of ints, got int"),
         (lambda: rng.normal((3,), SEED.expand(4, 2)), ValueError, "leading batch dims"),
         (lambda: rng.normal((), rng.split(SEED, 2)), ValueError, "stream dims|leading batch dims"),
         (lambda: rng.normal((3,), SEED, impl="fast"), ValueError, "impl must be None or one of"),

@@ -218,6 +218,20 @@ def test_func_jvp_is_no_silent_zero():
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual[0]).tangent, dz)
 
 
+def test_forward_mode_refuses_tangents_that_it_would_drop():
+    p, t, v = torch.randn(3, 4, 5).unbind()
+    calls = (
+        lambda a, e: vaeops.reparam_kl(a, t, eps=e).z,
+        lambda a, target: vaeops.recon_loss(a, target, "mse"),
+        lambda a, w: vaeops.recon_loss(a, t, "mse", weight=w),
+    )
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="have no derivative, in forward mode either"):
+            torch.func.jvp(call, (p, t), (v, v))
+        with pytest.raises(NotImplementedError, match="pass them detached"):
+            torch.func.jvp(lambda b, call=call: call(p, b), (t,), (v,))
+
+
 def test_func_hessian():
     mu, logvar = inputs((2, 3), dtype=torch.float64, grad=False)
 

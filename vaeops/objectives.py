@@ -266,7 +266,8 @@ def anneal(step: Tensor, kind: str, *, steps: int = 1, start: float = 0.0, stop:
         raise ValueError(
             f"anneal: ratio must be in (0, 1] and steepness positive, got {ratio} and {steepness}"
         )
-    t = (step / steps).clamp(0, 1)
+    dtype = torch.float64 if step.dtype is torch.float64 else torch.float32
+    t = (step.to(dtype) / steps).clamp(0, 1)
     if kind == "constant":
         rise = torch.ones_like(t)
     elif kind == "linear":

@@ -226,6 +226,7 @@ void backward_typed(GaussianBackward call, ParallelFor parallel) {
     t.gz = read(call.gz, shape, begin, n, gz);
     t.gkl = nullptr;
     t.weight = weight;
+    t.has_gkl = call.gkl.data != nullptr;
     t.row = 0;
     if (row_weights && begin / shape.width == (begin + n - 1) / shape.width) {
       t.weight = weight_of_row(begin / shape.width);

@@ -65,17 +65,22 @@ inline void backward(const BackwardTile<double>& t, const TileOptions<double>& o
   for (int64_t i = 0; i < t.n; ++i) {
     const double mu = t.mu[i], raw = t.rho[i], rho = clamp(raw, o), lv = log_variance(rho, o.param);
     const double w = t.gkl == nullptr ? t.weight : t.gkl[t.row > 0 ? i / t.row : i], slope = chain(rho, o.param);
-    double g_mu = w * mu, growth = std::expm1(lv);
-    if (t.prior_mu != nullptr) {
+    double g_mu = 0, g_rho = 0, g_prior_mu = 0, g_prior_rho = 0;
+    if (t.has_gkl && t.prior_mu != nullptr) {
       const double s = deviation(t.prior_rho[i], o.param), d = (mu - t.prior_mu[i]) / s;
-      growth = std::expm1(lv - log_variance(t.prior_rho[i], o.param));
+      const double growth = std::expm1(lv - log_variance(t.prior_rho[i], o.param));
       g_mu = w * d / s;
-      if (t.gprior_mu != nullptr) {
-        t.gprior_mu[i] = -g_mu;
-        t.gprior_rho[i] = -0.5 * w * chain(t.prior_rho[i], o.param) * (growth + d * d);
-      }
+      g_rho = 0.5 * w * slope * growth;
+      g_prior_mu = -g_mu;
+      g_prior_rho = -0.5 * w * chain(t.prior_rho[i], o.param) * (growth + d * d);
+    } else if (t.has_gkl) {
+      g_mu = w * mu;
+      g_rho = 0.5 * w * slope * std::expm1(lv);
     }
-    double g_rho = 0.5 * w * slope * growth;
+    if (t.gprior_mu != nullptr) {
+      t.gprior_mu[i] = g_prior_mu;
+      t.gprior_rho[i] = g_prior_rho;
+    }
     if (t.gz != nullptr) {
       const double shift = t.gz[i] * o.temperature * t.noise.eps[i];
       g_mu += t.gz[i];

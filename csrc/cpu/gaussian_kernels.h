@@ -8,6 +8,8 @@ enum class Noisy { drawn, given, either };  // either: t.noise tells, and there 
 using Options = TileOptions<float>;
 
 #include "cpu/exp_log.h"
+//
+#include "cpu/lane_sums.h"
 
 VAEOPS_INLINE F expm1_twice(const Exp& e) { return fma(e.u, e.u, e.u + e.u); }    // expm1(2h)
 VAEOPS_INLINE F gap_twice(const Exp& e) { return fma(e.u, e.u, e.gap + e.gap); }  // expm1(2h) - 2h
@@ -78,24 +80,23 @@ static __attribute__((noinline)) void forward_tile(const ForwardTile<T>& t, cons
   if (kNoisy != Noisy::given && t.noise.drawn) normals.start(t.noise.key, t.noise.counter);
   const Sink<float>& kl = t.kl;
   F noise[kVectors], lanes[kVectors];
-  for (int v = 0; v < kVectors; ++v) lanes[v] = kl.lanes != nullptr ? load(kl.lanes + v * kWidth) : set1(0.0f);
+  for (int v = 0; v < kVectors; ++v) lanes[v] = set1(0.0f);
+  alignas(64) float totals[kLanes] = {};
+  if (kl.lanes != nullptr) copy(kl.lanes, totals, kLanes);
   int64_t i = 0;
   for (int64_t end = kl.row_sums != nullptr ? kl.row : t.n; end <= t.n; end += kl.row) {
-    for (; end - i >= kBlock; i += kBlock) {
-      next_noise<kNoisy>(t.noise, i, normals, noise);
-      forward_block<kPlain>(t, i, o, noise, lanes, kl.elements == nullptr ? nullptr : kl.elements + i);
+    while (end - i >= kBlock) {
+      for (int64_t stop = end - i < kTile ? end : i + kTile; stop - i >= kBlock; i += kBlock) {
+        next_noise<kNoisy>(t.noise, i, normals, noise);
+        forward_block<kPlain>(t, i, o, noise, lanes, kl.elements == nullptr ? nullptr : kl.elements + i);
+      }
+      add_to(totals, lanes);
     }
     if (kl.row_sums == nullptr) break;
-    alignas(64) float sums[kLanes];
-    for (int v = 0; v < kVectors; ++v) {
-      store(sums + v * kWidth, lanes[v]);
-      lanes[v] = set1(0.0f);
-    }
-    kl.row_sums[end / kl.row - 1] = static_cast<float>(sum_lanes(sums));
+    kl.row_sums[end / kl.row - 1] = static_cast<float>(sum_lanes(totals));
+    for (float& total : totals) total = 0;
   }
-  if (kl.lanes != nullptr) {
-    for (int v = 0; v < kVectors; ++v) store(kl.lanes + v * kWidth, lanes[v]);
-  }
+  if (kl.lanes != nullptr) copy(totals, kl.lanes, kLanes);
   if (i == t.n) return;
   // The rest, padded to a block with what is harmless in every parametrisation.
   const int64_t rest = t.n - i;
@@ -149,8 +150,13 @@ VAEOPS_INLINE void backward_block(const BackwardTile<T>& t, int64_t i, const Opt
     const Exp e = exp_parts(lv * set1(0.5f));
     const F w = gkl != nullptr ? load(gkl + at) : weight;
     // g_rho gathers twice the gradient of log sigma^2, which is that of log sigma.
-    F g_mu, g_rho;
-    if (!plain && t.prior_mu != nullptr) {
+    F g_mu = set1(0.0f), g_rho = set1(0.0f);
+    if (!plain && !t.has_gkl) {
+      if (t.gprior_mu != nullptr) {
+        store(t.gprior_mu + at, g_mu);
+        store(t.gprior_rho + at, g_rho);
+      }
+    } else if (!plain && t.prior_mu != nullptr) {
       const F prior_rho = load(t.prior_rho + at);
       const F inverse = inverse_sigma(prior_rho, param);
       const F d = (mu - load(t.prior_mu + at)) * inverse;
@@ -168,7 +174,7 @@ VAEOPS_INLINE void backward_block(const BackwardTile<T>& t, int64_t i, const Opt
       g_mu = w * mu;
       g_rho = w * expm1_twice(e);
     }
-    if (!plain && param == Param::std) g_rho = g_rho / rho;
+    if (!plain && param == Param::std && t.has_gkl) g_rho = g_rho / rho;
     if (plain || t.gz != nullptr) {
       const F gz = load(t.gz + at);
       const F scaled = plain ? gz : gz * set1(o.temperature);
@@ -245,8 +251,8 @@ static __attribute__((noinline)) void backward_tile(const BackwardTile<T>& t, co
 
 template <class T>
 static void backward(const BackwardTile<T>& t, const Options& o) {
-  const bool plain =
-      o.param == Param::logvar && o.temperature == 1.0f && t.prior_mu == nullptr && t.noise.any() && t.gz != nullptr;
+  const bool plain = o.param == Param::logvar && o.temperature == 1.0f && t.prior_mu == nullptr && t.noise.any() &&
+                     t.gz != nullptr && t.has_gkl;
   !plain          ? backward_tile<Noisy::either>(t, o)
   : t.noise.drawn ? backward_tile<Noisy::drawn>(t, o)
                   : backward_tile<Noisy::given>(t, o);
@@ -265,10 +271,13 @@ VAEOPS_INLINE void log_prob_block(const LogProbTile<T>& t, int64_t i, Param para
 
 template <class T>
 static void log_prob(const LogProbTile<T>& t, Param param) {
-  float elements[kBlock], own[kLanes] = {};
-  float* const lanes = t.out.lanes != nullptr ? t.out.lanes : own;
+  alignas(64) float elements[kBlock], totals[kLanes] = {};
+  F lanes[kVectors];
+  for (int v = 0; v < kVectors; ++v) lanes[v] = set1(0.0f);
+  if (t.out.lanes != nullptr) copy(t.out.lanes, totals, kLanes);
+  const int64_t row = t.out.row_sums != nullptr ? t.out.row : t.n;
   int64_t i = 0;
-  for (; i < t.n; i += kBlock) {
+  for (int64_t start = 0; i < t.n; i += kBlock) {
     const int64_t count = t.n - i < kBlock ? t.n - i : kBlock;
     if (count == kBlock) {
       log_prob_block(t, i, param, elements);
@@ -282,16 +291,19 @@ static void log_prob(const LogProbTile<T>& t, Param param) {
       padded.mu = mu;
       padded.rho = rho;
       log_prob_block(padded, 0, param, elements);
+      for (int64_t k = count; k < kBlock; ++k) elements[k] = 0;
     }
     if (t.out.elements != nullptr) copy(elements, t.out.elements + i, count);
-    if (t.out.lanes != nullptr || t.out.row_sums != nullptr) {
-      for (int64_t k = 0; k < count; ++k) lanes[k] += elements[k];
-    }
-    if (t.out.row_sums != nullptr && (i + kBlock) % t.out.row == 0) {
-      t.out.row_sums[(i + kBlock) / t.out.row - 1] = static_cast<float>(sum_lanes(lanes));
-      for (int k = 0; k < kLanes; ++k) lanes[k] = 0;
+    for (int v = 0; v < kVectors; ++v) lanes[v] = lanes[v] + load(elements + v * kWidth);
+    const bool row_ends = i + kBlock - start >= row;
+    if (row_ends || (i + kBlock - start) % kTile == 0) add_to(totals, lanes);
+    if (t.out.row_sums != nullptr && row_ends) {
+      t.out.row_sums[i / row] = static_cast<float>(sum_lanes(totals));
+      for (float& total : totals) total = 0;
+      start = i + kBlock;
     }
   }
+  if (t.out.lanes != nullptr) copy(totals, t.out.lanes, kLanes);
 }
 
 // With w the element's gradient: d x = -w t / sigma, d mu = w t / sigma, d log sigma = w (t^2 - 1).

@@ -63,6 +63,7 @@ struct BackwardTile {
       gkl;  // the KL's gradient: of each element [n], or of each row [n / row] where row > 0; null: `weight` for all
   int64_t row;  // a multiple of 64
   C weight;
+  bool has_gkl;  // else the KL adds no term: zero times its infinite growth would be NaN
   const T *mu, *rho;
   const C *prior_mu, *prior_rho;
   TileNoise<C> noise;

@@ -1,6 +1,8 @@
 // Reconstruction losses on contiguous tiles, for one instruction set. No include guard: see foreach_isa.h.
 
 #include "cpu/exp_log.h"
+//
+#include "cpu/lane_sums.h"
 
 using Options = ReconOptions<float>;
 
@@ -171,30 +173,29 @@ template <class T, class S>
 static void forward(const ReconTile<T, S>& t, const Options& o) {
   const Sink<float>& out = t.out;
   F loss[kVectors], lanes[kVectors];
-  for (int v = 0; v < kVectors; ++v) lanes[v] = out.lanes != nullptr ? load(out.lanes + v * kWidth) : set1(0.0f);
+  for (int v = 0; v < kVectors; ++v) lanes[v] = set1(0.0f);
+  alignas(64) float totals[kLanes] = {};
+  if (out.lanes != nullptr) copy(out.lanes, totals, kLanes);
   int64_t i = 0;
   for (int64_t end = out.row_sums != nullptr ? out.row : t.n; end <= t.n; end += out.row) {
-    for (; end - i >= kBlock; i += kBlock) {
-      block<false>(t, i, o, loss);
-      for (int v = 0; v < kVectors; ++v) {
-        if (out.elements != nullptr) {
-          store(out.elements + i + v * kWidth, loss[v]);
-        } else {
-          lanes[v] = lanes[v] + loss[v];
+    while (end - i >= kBlock) {
+      for (int64_t stop = end - i < kTile ? end : i + kTile; stop - i >= kBlock; i += kBlock) {
+        block<false>(t, i, o, loss);
+        for (int v = 0; v < kVectors; ++v) {
+          if (out.elements != nullptr) {
+            store(out.elements + i + v * kWidth, loss[v]);
+          } else {
+            lanes[v] = lanes[v] + loss[v];
+          }
         }
       }
+      add_to(totals, lanes);
     }
     if (out.row_sums == nullptr) break;
-    alignas(64) float sums[kLanes];
-    for (int v = 0; v < kVectors; ++v) {
-      store(sums + v * kWidth, lanes[v]);
-      lanes[v] = set1(0.0f);
-    }
-    out.row_sums[end / out.row - 1] = static_cast<float>(sum_lanes(sums));
+    out.row_sums[end / out.row - 1] = static_cast<float>(sum_lanes(totals));
+    for (float& total : totals) total = 0;
   }
-  if (out.lanes != nullptr) {
-    for (int v = 0; v < kVectors; ++v) store(out.lanes + v * kWidth, lanes[v]);
-  }
+  if (out.lanes != nullptr) copy(totals, out.lanes, kLanes);
   if (i == t.n) return;
   const Padded<T, S> padded(t, i);
   alignas(64) float elements[kBlock];

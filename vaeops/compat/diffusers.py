@@ -1,6 +1,7 @@
 """`DiagonalGaussianDistribution` and `VectorQuantizer` of diffusers' autoencoders over the fused ops."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class DiagonalGaussianDistribution:
             )
         self.parameters = parameters
         self.deterministic = deterministic
-        self._kl: tuple[bool, Tensor] | None = None  # made by sample(): (under grad mode?, kl [B])
+        self._kl: tuple[Tensor, Any, Tensor] | None = None  # made by sample(): (parameters, state, kl [B])
 
     @property
     def mean(self) -> Tensor:
@@ -71,7 +72,7 @@ class DiagonalGaussianDistribution:
         if self.deterministic:
             return self.mean  # after the draw: the generator moves on, as with the peer
         z, kl, _ = reparam_kl_packed(self.parameters, clamp=_CLAMP, reduction="sample", eps=eps)
-        self._kl = torch.is_grad_enabled(), kl
+        self._kl = self.parameters, self._state(), kl
         return z
 
     def kl(self, other: "DiagonalGaussianDistribution | None" = None) -> Tensor:
@@ -84,10 +85,12 @@ class DiagonalGaussianDistribution:
                 raise ValueError(
                     "DiagonalGaussianDistribution.kl: other is deterministic, the KL to it is infinite"
                 )
-            return gaussian_kl(mu, logvar, prior=(other.mean, other.logvar), clamp=_CLAMP, reduction="sample")
-        if self._kl is not None and self._kl[0] == torch.is_grad_enabled():
-            kl, self._kl = self._kl[1], None  # handed out once: its graph can be freed with the caller's
-            return kl
+            mu, logvar, *prior = torch.broadcast_tensors(mu, logvar, other.mean, other.logvar)
+            return gaussian_kl(mu, logvar, prior=prior, clamp=_CLAMP, reduction="sample")
+        made, self._kl = self._kl, None  # handed out once: its graph can be freed with the caller's
+        state = self._state()
+        if made is not None and made[0] is self.parameters and state is not None and made[1] == state:
+            return made[2]
         return gaussian_kl(mu, logvar, clamp=_CLAMP, reduction="sample")
 
     def nll(self, sample: Tensor, dims: Sequence[int] | None = None) -> Tensor:
@@ -103,6 +106,12 @@ class DiagonalGaussianDistribution:
 
     def mode(self) -> Tensor:
         return self.mean
+
+    def _state(self) -> tuple[bool, int] | None:
+        """A KL made by `sample` holds while this does: the grad mode, and the count of changes in place."""
+        if torch.compiler.is_compiling():  # it has no version there
+            return torch.is_grad_enabled(), 0
+        return None if self.parameters.is_inference() else (torch.is_grad_enabled(), self.parameters._version)
 
     def _zero(self) -> Tensor:
         dtype = torch.float64 if self.parameters.dtype is torch.float64 else torch.float32

@@ -76,9 +76,12 @@ class ELBOLoss(nn.Module):
             kl = mu.kl
         recon = recon_loss(pred, target, self.kind, reduction=self.reduction, scale=self.scale, weight=weight,
                            mask=mask, **self.options)  # fmt: skip
-        if self.kl_reduction != "dim" and kl.shape != recon.shape:
+        shape = recon.shape
+        if self.kl_reduction == "dim":
+            shape = (mu if isinstance(mu, Tensor) else mu.z).shape[self.options["batch_ndim"] :]
+        if kl.shape != shape:
             raise ValueError(
-                f"ELBOLoss: the latent's kl must be reduced by {self.kl_reduction!r} to {list(recon.shape)}, "
+                f"ELBOLoss: the latent's kl must be reduced by {self.kl_reduction!r} to {list(shape)}, "
                 f"got {list(kl.shape)}"
             )
         term = kl

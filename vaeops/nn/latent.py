@@ -16,7 +16,8 @@ OPS = {"fused": fused, "ref": ref}
 class GaussianLatent(nn.Module):
     """Sample of q = N(mu, sigma^2) and its KL, as a layer: `vaeops.reparam_kl` with the options given here.
 
-    In training z is drawn; in eval z is the mode, mu, unless the call gives noise (seed, generator or eps).
+    In training z is drawn; in eval z is the mode, the very tensor mu, unless the call gives noise (seed,
+    generator or eps).
 
     Args:
         param, clamp, reduction, batch_ndim, temperature, impl: as in `vaeops.reparam_kl`.

@@ -52,7 +52,7 @@ class Differentiable:
         self._op = fwd
         # The same, less a Python frame; Dynamo cannot trace it.
         self._kernel = {impl: op._op for impl, op in fwd.items()}
-        build = (outputs - kept, kept, tensors, wrt, reference, fold_fwd, fold_bwd)
+        build = (forward, outputs - kept, kept, tensors, wrt, reference, fold_fwd, fold_bwd)
         by_impl = {impl: _functions(fwd[impl], bwd[impl], *build) for impl in (None, *IMPLS)}
         self._eager = {impl: f[0] for impl, f in by_impl.items()}
         self._traced = {impl: f[1] for impl, f in by_impl.items()}
@@ -105,8 +105,15 @@ def _distinct(tensors: tuple) -> list:
     return result
 
 
-def _functions(fwd, bwd, outputs, kept, tensors, wrt, reference, fold_fwd, fold_bwd):
+def _functions(fwd, bwd, name, outputs, kept, tensors, wrt, reference, fold_fwd, fold_bwd):
     fwd_op, bwd_op = fwd._op, bwd._op
+
+    def check_tangents(rest):
+        if any(t is not None for t in rest):
+            raise NotImplementedError(
+                f"{name}: noise, targets, weights and masks have no derivative, in forward mode either; pass "
+                "them detached"
+            )
 
     nothing = (None,) * (tensors - wrt)
     no_gradient = (None,) * (1 + tensors)
@@ -180,6 +187,7 @@ def _functions(fwd, bwd, outputs, kept, tensors, wrt, reference, fold_fwd, fold_
         @staticmethod
         def jvp(ctx, _, *tangents):
             saved, options = ctx.saved_tensors, ctx.options
+            check_tangents(tangents[outputs + wrt : outputs + tensors])
             live = [i for i in range(outputs + wrt) if tangents[i] is not None]
             given = [i for i in range(wrt) if saved[outputs + i] is not None]
             formula = _partial(reference, saved, options, live, given)
@@ -208,6 +216,7 @@ def _functions(fwd, bwd, outputs, kept, tensors, wrt, reference, fold_fwd, fold_
         @staticmethod
         def jvp(ctx, _, *tangents):
             saved, options = ctx.saved_tensors, ctx.options
+            check_tangents(tangents[wrt:])
             live = [i for i in range(wrt) if tangents[i] is not None]
             made = [i for i in range(outputs) if ctx.like[i] is not None]
             # The gradient formula is linear in the output gradients; its transpose is the forward derivative.

@@ -193,6 +193,8 @@ def normal(
         fp32 tensor `shape` on the seed's device, |x| <= 6.76. No gradient. The same bits from every
         implementation.
     """
+    if not isinstance(shape, (list, tuple)):
+        raise TypeError(f"normal: shape must be a list or tuple of ints, got {type(shape).__name__}")
     size = tuple(shape)
     if any(not isinstance(s, (int, torch.SymInt)) or (isinstance(s, int) and s < 0) for s in size):
         raise ValueError(f"normal: shape must hold non-negative ints, got {shape!r}")
