@@ -81,8 +81,8 @@ static __attribute__((noinline)) void forward_tile(const ForwardTile<T>& t, cons
   const Sink<float>& kl = t.kl;
   F noise[kVectors], lanes[kVectors];
   for (int v = 0; v < kVectors; ++v) lanes[v] = set1(0.0f);
-  alignas(64) float totals[kLanes] = {};
-  if (kl.lanes != nullptr) copy(kl.lanes, totals, kLanes);
+  LaneSums sums;
+  sums.start(kl.lanes);
   int64_t i = 0;
   for (int64_t end = kl.row_sums != nullptr ? kl.row : t.n; end <= t.n; end += kl.row) {
     while (end - i >= kBlock) {
@@ -90,13 +90,12 @@ static __attribute__((noinline)) void forward_tile(const ForwardTile<T>& t, cons
         next_noise<kNoisy>(t.noise, i, normals, noise);
         forward_block<kPlain>(t, i, o, noise, lanes, kl.elements == nullptr ? nullptr : kl.elements + i);
       }
-      add_to(totals, lanes);
+      sums.add(lanes);
     }
     if (kl.row_sums == nullptr) break;
-    kl.row_sums[end / kl.row - 1] = static_cast<float>(sum_lanes(totals));
-    for (float& total : totals) total = 0;
+    kl.row_sums[end / kl.row - 1] = sums.take();
   }
-  if (kl.lanes != nullptr) copy(totals, kl.lanes, kLanes);
+  if (kl.lanes != nullptr) copy(sums.totals, kl.lanes, kLanes);
   if (i == t.n) return;
   // The rest, padded to a block with what is harmless in every parametrisation.
   const int64_t rest = t.n - i;
@@ -271,10 +270,11 @@ VAEOPS_INLINE void log_prob_block(const LogProbTile<T>& t, int64_t i, Param para
 
 template <class T>
 static void log_prob(const LogProbTile<T>& t, Param param) {
-  alignas(64) float elements[kBlock], totals[kLanes] = {};
+  alignas(64) float elements[kBlock];
   F lanes[kVectors];
   for (int v = 0; v < kVectors; ++v) lanes[v] = set1(0.0f);
-  if (t.out.lanes != nullptr) copy(t.out.lanes, totals, kLanes);
+  LaneSums sums;
+  sums.start(t.out.lanes);
   const int64_t row = t.out.row_sums != nullptr ? t.out.row : t.n;
   int64_t i = 0;
   for (int64_t start = 0; i < t.n; i += kBlock) {
@@ -296,14 +296,13 @@ static void log_prob(const LogProbTile<T>& t, Param param) {
     if (t.out.elements != nullptr) copy(elements, t.out.elements + i, count);
     for (int v = 0; v < kVectors; ++v) lanes[v] = lanes[v] + load(elements + v * kWidth);
     const bool row_ends = i + kBlock - start >= row;
-    if (row_ends || (i + kBlock - start) % kTile == 0) add_to(totals, lanes);
+    if (row_ends || (i + kBlock - start) % kTile == 0) sums.add(lanes);
     if (t.out.row_sums != nullptr && row_ends) {
-      t.out.row_sums[i / row] = static_cast<float>(sum_lanes(totals));
-      for (float& total : totals) total = 0;
+      t.out.row_sums[i / row] = sums.take();
       start = i + kBlock;
     }
   }
-  if (t.out.lanes != nullptr) copy(totals, t.out.lanes, kLanes);
+  if (t.out.lanes != nullptr) copy(sums.totals, t.out.lanes, kLanes);
 }
 
 // With w the element's gradient: d x = -w t / sigma, d mu = w t / sigma, d log sigma = w (t^2 - 1).

@@ -174,8 +174,8 @@ static void forward(const ReconTile<T, S>& t, const Options& o) {
   const Sink<float>& out = t.out;
   F loss[kVectors], lanes[kVectors];
   for (int v = 0; v < kVectors; ++v) lanes[v] = set1(0.0f);
-  alignas(64) float totals[kLanes] = {};
-  if (out.lanes != nullptr) copy(out.lanes, totals, kLanes);
+  LaneSums sums;
+  sums.start(out.lanes);
   int64_t i = 0;
   for (int64_t end = out.row_sums != nullptr ? out.row : t.n; end <= t.n; end += out.row) {
     while (end - i >= kBlock) {
@@ -189,13 +189,12 @@ static void forward(const ReconTile<T, S>& t, const Options& o) {
           }
         }
       }
-      add_to(totals, lanes);
+      sums.add(lanes);
     }
     if (out.row_sums == nullptr) break;
-    out.row_sums[end / out.row - 1] = static_cast<float>(sum_lanes(totals));
-    for (float& total : totals) total = 0;
+    out.row_sums[end / out.row - 1] = sums.take();
   }
-  if (out.lanes != nullptr) copy(totals, out.lanes, kLanes);
+  if (out.lanes != nullptr) copy(sums.totals, out.lanes, kLanes);
   if (i == t.n) return;
   const Padded<T, S> padded(t, i);
   alignas(64) float elements[kBlock];
