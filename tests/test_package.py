@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vaeops
-from vaeops import _native
+from vaeops import _native, cli
 from vaeops.ops import _library
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,6 +171,43 @@ def test_a_wrong_wish_is_an_error():
     env = {**os.environ, "PYTHONPATH": str(ROOT), "VAEOPS_NATIVE": "yes"}
     result = subprocess.run([sys.executable, "-c", "import vaeops"], env=env, capture_output=True, text=True)
     assert "VAEOPS_NATIVE must be auto, require or 0, got 'yes'" in result.stderr
+
+
+# ---- without the extra [train]
+
+
+def test_a_missing_package_of_training_is_one_line_that_names_the_extra():
+    """Packages go one after the other; each command's first missing one is the one that went last."""
+    pytest.importorskip("matplotlib")
+    code = """
+import contextlib, io, sys
+from vaeops import cli
+for module, package, commands in (
+    ("sklearn", "scikit-learn", ["train vae-mlp data=digits model.in_dim=64 steps=1 out=/nowhere/run"]),
+    ("matplotlib", "matplotlib", ["plot --help", "experiment --help"]),
+    ("safetensors", "safetensors", ["train --help"]),
+    ("PIL", "pillow", ["eval run", "sample run", "plot kl run", "experiment workshop-vq"]),
+    ("tqdm", "tqdm", ["eval --help", "sample --help", "plot --help"]),
+):
+    for name in [*sys.modules]:
+        if name.startswith(("vaeops.train", f"{module}.")):
+            del sys.modules[name]
+    sys.modules[module] = None
+    for command in commands:
+        with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.redirect_stdout(io.StringIO()):
+            status = cli.main(command.split())
+        (line,) = stderr.getvalue().splitlines()
+        needs = f"vaeops {command.split()[0]} needs the package {package}, which is not installed; the extra "
+        assert status == 1 and line.startswith(f"{needs}[train] has it"), (command, status, line)
+print("ok")
+"""
+    assert python(code) == "ok"
+
+
+def test_the_extra_and_its_packages_are_the_same():
+    (listed,) = re.findall(r"^train = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.M)
+    assert sorted(re.findall(r'"([\w-]+)', listed)) == sorted(cli._TRAIN_EXTRA.values())
+    assert '".[train]"' in (ROOT / "README.md").read_text()
 
 
 # ---- installing

@@ -250,6 +250,21 @@ def test_maps_have_y_upwards_and_x_to_the_right(tmp_path):
     assert rows.mean() < 0.4 * len(below) and columns.mean() < 0.4 * pixels.shape[1]
 
 
+@pytest.mark.parametrize(
+    ("levels", "scale"),
+    [((0.08, 29.0), "log"), ((1.0, 49.0), "linear"), ((29.0,), "linear"), ((-0.08, 29.0), "linear")],
+)
+def test_curves_of_unlike_levels_have_a_logarithmic_axis(tmp_path, monkeypatch, levels, scale):
+    drawn = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    step = np.array([1.0, 2.0])
+    lines = {str(level): (step, np.array([1.1 * level, 0.9 * level])) for level in levels}
+    plots.curves(tmp_path / "c.png", "Curves", {"loss": lines}, "step")
+    (axes,) = drawn[0].axes
+    assert axes.get_yscale() == scale
+    assert all(tick == round(tick) for tick in axes.get_xticks())  # there is no step 1.25
+
+
 def test_formats_and_a_machine_without_a_screen(place, capsys, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     with mpl.rc_context({"backend": "tkagg"}):  # which needs one

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 _BENCH = Path(__file__).resolve().parent.parent / "bench" / "run.py"
+# Packages of the extra [train], by the name that they are imported by.
+_TRAIN_EXTRA = {"numpy": "numpy", "sklearn": "scikit-learn", "matplotlib": "matplotlib", "PIL": "pillow",
+                "tqdm": "tqdm", "safetensors": "safetensors", "torchmetrics": "torchmetrics"}  # fmt: skip
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -48,6 +51,8 @@ def _experiment(rest: list[str]) -> int:
 
 def _train(rest: list[str]) -> int:
     """0; 2: bad input; 3: a loss or parameter is not finite; 1: the disk; 128 + a signal's number: that."""
+    import safetensors.torch  # noqa: F401  # which is first used when the training is over
+
     from .models import presets
     from .train import checkpoint, config, data, loop
 
@@ -99,9 +104,28 @@ def _trained(command: str, rest: list[str]) -> int:
     run = {"eval": evaluate.main, "sample": evaluate.sample_main, "plot": _plot}[command]
     try:
         return run(rest)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError) as error:
         print(f"vaeops {command}: {error}", file=sys.stderr)
         return 2
+
+
+def _with_train_extra(command: str, rest: list[str]) -> int:
+    """A command's exit status; 1, and one line, where a package of the extra [train] is missing."""
+    try:
+        if command == "train":
+            return _train(rest)
+        return _experiment(rest) if command == "experiment" else _trained(command, rest)
+    except ImportError as error:
+        found = error if error.name else error.__cause__  # an ImportError of ours tells its own story
+        name = found.name if isinstance(found, ModuleNotFoundError) else None
+        package = _TRAIN_EXTRA.get((name or "").partition(".")[0])
+        if package is None:
+            print(f"vaeops {command}: {error}", file=sys.stderr)
+            return 2
+        install = 'pip install --no-build-isolation ".[train]"'
+        print(f"vaeops {command} needs the package {package}, which is not installed; the extra [train] has "
+              f"it: {install}", file=sys.stderr)  # fmt: skip
+        return 1
 
 
 def _plot(rest: Sequence[str]) -> int:
@@ -165,7 +189,7 @@ def _plot_parser() -> argparse.ArgumentParser:
             add("--data", help="data set (default: the training's)")
             add("--root", help="folder of the data sets (default: the training's)")
             add("--cache", help="folder of decoded images (default: the training's)")
-            add("--split", default="test", help="train, valid or test (default: test)")
+            add("--split", default="test", help="train, valid, test or train+valid (default: test)")
     return parser
 
 
@@ -187,12 +211,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = (sys.argv[1:] if argv is None else argv) or ["info"]
     if argv[0] == "bench":  # bench/run.py reads its own options, --help among them
         return _bench(argv[1:])
-    if argv[0] == "train":
-        return _train(argv[1:])
-    if argv[0] in ("eval", "sample", "plot"):
-        return _trained(argv[0], argv[1:])
-    if argv[0] == "experiment":
-        return _experiment(argv[1:])
+    if argv[0] in ("train", "eval", "sample", "plot", "experiment"):
+        return _with_train_extra(argv[0], argv[1:])
     return _info(parser.parse_args(argv))
 
 

@@ -1,7 +1,8 @@
 """A trained model's latent space: codes, lines and planes through them, directions, projections, probes.
 
-Tensors in, tensors out, of any model that has `encode` and `decode`. `pca`, `tsne` and `probe` alone need
-scikit-learn.
+Tensors in, tensors out, of any model that has `encode` and `decode`. `pca`, `tsne` and `probe` need
+scikit-learn; `encode`, which takes a data set of `vaeops.train.data`, needs numpy, pillow and tqdm as that
+does. The rest needs torch alone.
 
     z = latent.encode(model, faces)
     smile = latent.direction(z, faces.attribute("Smiling"))

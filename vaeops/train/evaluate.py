@@ -274,7 +274,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", help="data set (default: the training's)")
     parser.add_argument("--root", help="folder of the data sets (default: the training's)")
     parser.add_argument("--cache", help="folder of decoded images (default: the training's)")
-    parser.add_argument("--split", default="test", help="train, valid or test (default: test)")
+    parser.add_argument("--split", default="test", help="train, valid, test or train+valid (default: test)")
     parser.add_argument("--batch", type=positive, default=256, help="samples at once (default: 256)")
     parser.add_argument("--nll-samples", type=positive, default=0, metavar="K",
                         help="also -log p(x), by K draws of each posterior")  # fmt: skip

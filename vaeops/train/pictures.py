@@ -439,7 +439,7 @@ HELP = {
     "pairs": "how many lines",
     "steps": "images of a row",
     "method": "linear or spherical",
-    "recipe": "attributes to add and to take away, such as 'Eyeglasses - Young' or '0.5*Smiling'",
+    "recipe": "attributes to add and take away: 'Eyeglasses - Young'; with a minus first, --recipe=-Young",
     "strength": "factor of the recipe",
     "least": "samples that an attribute needs, with it and without",
     "across": "attribute",

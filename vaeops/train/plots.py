@@ -17,6 +17,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from .._files import atomic
 
@@ -27,6 +28,7 @@ DIGITS = ("#4477aa", "#ee6677", "#228833", "#b59a1b", "#3aa6cf", "#aa3377", "#77
           "#e08e45", "#44aa99", "#332288")  # fmt: skip
 SERIES = (FUSED, REFERENCE, "#228833", "#aa3377", "#b59a1b", "#777777")
 DPI, TILE = 150, 0.78  # of a picture; inches of an image in it
+FAR = 50  # by how much curves of one plot may differ before its axis is logarithmic
 # What else a file would say, of its writer and the time, would make two files of one picture differ.
 FORMATS: dict[str, dict[str, None]] = {
     "png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}
@@ -256,7 +258,11 @@ def code_table(path: Path, title: str, table: np.ndarray, codes: Sequence[int],
 
 def curves(path: Path, title: str, parts: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]],
            xlabel: str) -> None:  # fmt: skip
-    """parts: name -> {series: (x, y)}, a small plot each; a series has one colour in all of them."""
+    """parts: name -> {series: (x, y)}, a small plot each; a series has one colour in all of them.
+
+    x counts something. The y axis is logarithmic where series differ so much that a linear one would show the
+    largest alone.
+    """
     columns = min(3, len(parts))
     rows = math.ceil(len(parts) / columns)
     series = list(dict.fromkeys(name for part in parts.values() for name in part))
@@ -265,12 +271,20 @@ def curves(path: Path, title: str, parts: Mapping[str, Mapping[str, tuple[np.nda
         for axes, (name, lines) in zip(grid, parts.items()):
             for one, (x, y) in lines.items():
                 axes.plot(x, y, color=SERIES[series.index(one) % len(SERIES)], linewidth=1.5, label=one)
-            axes.set(title=name, xlabel=xlabel)
+            axes.set(title=name, xlabel=xlabel, yscale="log" if _far_apart(lines) else "linear")
+            axes.xaxis.set_major_locator(MaxNLocator("auto", steps=(1, 2, 5, 10), integer=True))
         for axes in grid[len(parts) :]:
             axes.set_visible(False)
         if len(series) > 1:
             keys = [Line2D([], [], color=SERIES[i % len(SERIES)]) for i in range(len(series))]
             figure.legend(keys, series, loc="outside lower left", ncols=len(series))
+
+
+def _far_apart(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> bool:
+    """Whether the series' medians differ by more than the factor FAR, and all values have a logarithm."""
+    drawn = [y[np.isfinite(y)] for _, y in lines.values()]
+    medians = [np.median(y) for y in drawn if len(y)]
+    return len(medians) > 1 and all((y > 0).all() for y in drawn) and max(medians) > FAR * min(medians)
 
 
 def histograms(path: Path, title: str, parts: Mapping[str, Mapping[str, np.ndarray]], xlabel: str) -> None:
