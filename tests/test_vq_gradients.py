@@ -243,7 +243,8 @@ def test_lookup_gradients_of_any_order(impl, dim):
     def f(e):
         return vaeops.vq_lookup(indices, e, channel_dim=dim, fill=0.3, impl=impl)
 
-    assert torch.autograd.gradcheck(f, e) and torch.autograd.gradgradcheck(f, e)
+    assert torch.autograd.gradcheck(f, e, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(f, e, check_fwd_over_rev=True)
     torch.testing.assert_close(f(e), ref.vq_lookup(indices, e, channel_dim=dim, fill=0.3))
 
 
@@ -386,6 +387,31 @@ def test_functorch_gradients():
     got = torch.func.grad(lambda x: sum(vaeops.vq_entropy(x, e)))(x)
     leaf = x.clone().requires_grad_()
     torch.testing.assert_close(got, torch.autograd.grad(sum(vaeops.vq_entropy(leaf, e)), leaf)[0])
+
+
+def test_forward_mode_is_no_silent_zero():
+    x, e, indices = torch.randn(10, 4), torch.randn(6, 4), torch.tensor([0, 3, -1, 3])
+    jvp = torch.func.jvp
+    got = jvp(lambda e: vaeops.vq_lookup(indices, e).square().sum(), (e,), (e,))[1]
+    torch.testing.assert_close(got, 2 * e[indices[indices >= 0]].square().sum())
+    match = "vector_quantize: there is no forward-mode derivative"
+    for f in (
+        lambda x, e: vaeops.vector_quantize(x, e).quantized,
+        lambda x, e: vaeops.vector_quantize(x, e, estimator="none", stats=True).commit_loss,
+        lambda x, e: vaeops.residual_vq(x, e[None]).quantized,
+    ):
+        with pytest.raises(NotImplementedError, match=match):
+            jvp(f, (x, e), (x, e))
+    with pytest.raises(NotImplementedError, match=match):
+        jvp(lambda e: vaeops.vector_quantize(x, e, stats=True).codebook_loss, (e,), (e,))
+    with torch.autograd.forward_ad.dual_level():
+        leaf, dual = x.clone().requires_grad_(), torch.autograd.forward_ad.make_dual(e, e)
+        with pytest.raises(NotImplementedError, match=match):
+            vaeops.vector_quantize(x, dual)
+        out = vaeops.vector_quantize(leaf, e)  # constants are served all the same
+        loss = out.commit_loss * vaeops.vq_lookup(indices, dual).sum()
+        with pytest.raises(RuntimeError, match="vector_quantize: there is no double backward"):
+            torch.autograd.grad(loss, leaf)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
