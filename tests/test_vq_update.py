@@ -288,6 +288,15 @@ def test_fsq_reaches_every_code_and_decodes(levels):
     assert torch.equal(vaeops.fsq(back, levels)[0], grid)
 
 
+def test_fsq_stays_in_range_with_many_levels():
+    levels = [1024, 1003, 100_000]
+    x = torch.tensor([[20.0] * 3, [-20.0] * 3, [math.inf] * 3, [0.3] * 3])
+    quantized, indices = vaeops.fsq(x, levels)
+    assert bool((quantized.abs() <= 1).all())
+    assert [int(indices[0]), int(indices[1])] == [math.prod(levels) - 1, 0] and indices[2] == indices[0]
+    assert torch.equal(vaeops.fsq_decode(indices, levels), quantized)
+
+
 def test_fsq_gradient_is_that_of_the_squashing():
     levels = [8, 5]
     x = torch.randn(40, 2, dtype=torch.float64, requires_grad=True)
