@@ -180,6 +180,20 @@ def test_a_bad_row_keeps_the_codebooks_gradient_finite(impl):
     assert bool(e.grad.isfinite().all()) and e.grad.any()
 
 
+@pytest.mark.parametrize("reduction", ref.REDUCTIONS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_code_that_is_never_chosen_has_no_gradient(impl, reduction, bad):
+    x, e = torch.randn(20, 4), torch.randn(6, 4)
+    e[3, 0] = bad
+    g = torch.randn(20) if reduction == "none" else torch.tensor(1.0)
+    for f, which in ((vaeops.vector_quantize, impl), (ref.vector_quantize, "ref")):
+        for stats in (False, True):
+            leaf = e.clone().requires_grad_()
+            out = f(x, leaf, reduction=reduction, stats=stats, impl=which)
+            out.codebook_loss.backward(g)
+            assert bool(leaf.grad.isfinite().all()) and not leaf.grad[3].any() and leaf.grad.any()
+
+
 def test_quantized_and_masked_rows_are_exact_under_straight_through(impl):
     """x + (q - x) is not q; ours is, bit for bit."""
     x, e = torch.randn(300, 8) * 100, torch.randn(20, 8, requires_grad=True)

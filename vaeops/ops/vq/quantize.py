@@ -62,8 +62,9 @@ class _Quantize(Function):
                 w = torch.ones_like(counts[0])
             elif counts is None:
                 counts, sums = SEGMENT_SUM[impl](x, indices, None, None, codebook.shape[0], True, True)
-            # In fp64: c e and S are nearly equal where the codes fit.
-            ge = (2 * w * (counts.unsqueeze(1) * codebook - sums)).to(codebook.dtype)
+            # In fp64: c e and S are nearly equal where the codes fit. A code that no row chose may be NaN.
+            c = counts.unsqueeze(1)
+            ge = (2 * w * (torch.where(c != 0, c * codebook, 0) - sums)).to(codebook.dtype)
         if forward_mode() or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
             causes = (gq, g_commit, g_codebook, x, codebook)
             gx, ge = (None if g is None else Once.apply("vector_quantize", g, *causes) for g in (gx, ge))
