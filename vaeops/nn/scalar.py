@@ -51,8 +51,8 @@ class FSQ(_Projected):
 
     def forward(self, x: Tensor) -> VQOutput:
         quantized, indices = vq.fsq(self._in(x), self.levels)
-        zero = torch.zeros((), device=x.device)
-        return VQOutput(self._out(quantized), indices, zero, zero, None, None)
+        zeros = torch.zeros(2, device=x.device)
+        return VQOutput(self._out(quantized), indices, zeros[0], zeros[1], None, None)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """indices [*R] -> quantized values [*R, D], before the projection."""

@@ -227,7 +227,7 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, metric: str = "l2", estimato
         )
     else:
         quantized, commit = GATHER[impl](indices, fixed_codebook, fixed_rows, 0.0, options[1])
-        codebook_loss = commit
+        codebook_loss = commit.clone()  # one may be changed in place
     if rows is not x:
         quantized = quantized.movedim(-1, channel_dim)
     return VQOutput(quantized, indices, commit, codebook_loss, counts, sums)
