@@ -400,6 +400,24 @@ def test_sample_at_temperature_zero_is_the_nearest_code():
     assert vaeops.vq_sample(x[:0], e, 1.0, SEED, channel_dim=1).shape == (0, 10)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-60])
+@pytest.mark.parametrize("metric", ref.METRICS)
+def test_tiny_temperatures_are_the_limit(metric, temperature):
+    """Ties are drawn evenly, all else is the nearest code."""
+    x, e = 1e3 * torch.randn(400, 4), torch.randn(6, 4)
+    nearest = vaeops.vq_assign(x, e, metric=metric)
+    assert torch.equal(vaeops.vq_sample(x, e, temperature, SEED, metric=metric), nearest)
+    sample_entropy, average = vaeops.vq_entropy(x, e, temperature=temperature, metric=metric)
+    share = torch.bincount(nearest, minlength=6) / 400
+    assert sample_entropy == 0
+    torch.testing.assert_close(average, torch.special.entr(share).sum())
+    twice = torch.cat((e, e))
+    drawn = vaeops.vq_sample(x, twice, temperature, SEED, metric=metric)
+    assert torch.equal(drawn % 6, nearest) and 120 < int((drawn >= 6).sum()) < 280
+    sample_entropy = vaeops.vq_entropy(x, twice, temperature=temperature, metric=metric)[0]
+    torch.testing.assert_close(sample_entropy, torch.tensor(math.log(2)))
+
+
 def entropies(x, e, temperature, metric, mask):
     p = (all_logits(x, e, metric)[mask] / temperature).softmax(1)
     mean = p.mean(0)
