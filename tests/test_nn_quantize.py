@@ -1,6 +1,7 @@
 """Quantizer layers: state, updates, modes, tracing, checkpointing, accumulation."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -344,6 +345,24 @@ def test_micro_batches_make_the_update_of_the_big_batch(make, mode):
         parts.update()
     exact = {"rtol": 0, "atol": 0} if mode else {}
     assert_same_state(state(whole), state(parts), **exact)
+
+
+@pytest.mark.parametrize("options", [{}, {"deterministic": "bitwise"}, {"revive_below": 0.5}], ids=str)
+def test_a_loaded_state_forgets_what_was_seen(options):
+    layer = VectorQuantize(4, 8, accumulate=True, **options)
+    before = state(layer)
+    layer(torch.randn(20, 4))
+    layer.load_state_dict(before)
+    layer.update()
+    assert_same_state(state(layer), before, rtol=0, atol=0)
+
+
+def test_a_pickle_holds_the_codebook_once():
+    layer = VectorQuantize(4, 8)
+    size = len(pickle.dumps(layer))
+    layer(torch.randn(20, 4))
+    assert len(pickle.dumps(layer)) == size
+    assert_same_state(state(pickle.loads(pickle.dumps(layer))), state(layer), rtol=0, atol=0)
 
 
 def test_update_codebooks_finds_every_layer_once():

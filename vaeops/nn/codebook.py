@@ -6,6 +6,7 @@ and apply the same update: one flat all-reduce for all codebooks of a model, wha
 
 from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,11 +68,17 @@ class Codebook(nn.Module):
         # `initted` for Python: asking the tensor would wait for the device and break a compiled graph.
         self.started = not kmeans_init
         self._looked_up: Tensor | None = None  # the codebook of the last call that updated it
-        # What was seen since the last update. No buffers: DistributedDataParallel would overwrite them with
-        # those of the first process.
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing was seen since the last update."""
+        # No buffers: DistributedDataParallel would overwrite them with those of the first process.
         self._seen: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []
         self._counts: Tensor | None = None
         self._sums: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_looked_up": None}  # of use to this step's backward alone
 
     def _apply(self, fn, recurse=True):
         """Moves with the model; a dtype below fp32 is not taken on."""
@@ -85,6 +92,8 @@ class Codebook(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
+        self._looked_up = None
         if not self.initted.is_meta:
             self.started = bool(self.initted)
 
@@ -195,8 +204,7 @@ class Codebook(nn.Module):
         sums = self.cluster_size.new_zeros((heads, codes, dim), dtype=dtype)
         if self._counts is not None and self._sums is not None:
             counts, sums = self._counts, self._sums
-        self._counts = self._sums = None
-        self._seen = []
+        self._forget()
         return counts, sums
 
     def seen(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
