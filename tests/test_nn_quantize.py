@@ -234,6 +234,20 @@ def test_kmeans_starts_from_the_first_batch_in_training(options):
     torch.testing.assert_close(layer.codebook, codes, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("kmeans_init", [True, False])
+def test_bad_rows_and_masks_are_named(kmeans_init):
+    layer = VectorQuantize(4, 8, kmeans_init=kmeans_init)
+    for error, match, args in (
+        (ValueError, r"x \[2, 5\] must have the codebook's D = 4", (torch.randn(2, 5),)),
+        (TypeError, "x must be float32", (torch.ones(2, 4).long(),)),
+        (TypeError, "mask must be bool, got torch.float32", (torch.randn(4, 3, 4), torch.ones(4, 3))),
+        (ValueError, "mask must have x's shape", (torch.randn(4, 3, 4), torch.ones(4).bool())),
+    ):
+        with pytest.raises(error, match="vector_quantize: " + match):
+            layer(*args)
+    assert layer._codebook.started != kmeans_init
+
+
 def test_kmeans_of_fewer_rows_than_codes():
     layer, x = VectorQuantize(4, 8, kmeans_init=True), torch.randn(3, 4)
     assert layer(x).commit_loss < 1e-12

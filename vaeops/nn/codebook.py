@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import vq
+from ..ops.vq import check
 from ..ops.vq.quantize import fixed_point_sums, from_fixed_point, row_absmax, statistics
 from .processes import all_reduce, spread, world
 
@@ -135,6 +136,9 @@ class Codebook(nn.Module):
         is; one for which there was no row, where it was initialised.
         """
         self._check_written()
+        for x, e, m in zip(xs, self.embed, masks):  # as the lookup that follows would
+            check.rows("vector_quantize", x, e, -1)
+            check.mask("vector_quantize", m, x)
         processes, rank = world(self.sync)
         zeros = (torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device) for x in xs)
         indices = [i if m is None else i.masked_fill(~m, -1) for i, m in zip(zeros, masks)]
