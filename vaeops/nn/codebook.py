@@ -52,6 +52,13 @@ class Codebook(nn.Module):
                  revive_below: float = 0.0, deterministic: str | None = None,
                  sync: bool = True) -> None:  # fmt: skip
         super().__init__()
+        op = "VectorQuantize"
+        check.count(op, "codebook_size", size)
+        check.number(op, "decay", decay, 0, 1)
+        check.number(op, "eps", eps, 0, float("inf"), "[)")
+        check.number(op, "revive_below", revive_below, 0, float("inf"), "[)")
+        if kmeans_init:
+            check.count(op, "kmeans_iters", kmeans_iters)
         self.ema, self.normalize, self.decay, self.eps = ema, normalize, decay, eps
         self.kmeans_iters, self.revive_below = kmeans_iters, revive_below
         self.bitwise, self.sync = deterministic == "bitwise", sync
