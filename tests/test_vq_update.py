@@ -69,6 +69,16 @@ def test_ema_of_a_batch_without_rows_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(state, before))
 
 
+def test_ema_without_smoothing_keeps_codes_that_were_never_used():
+    codebook, sums = torch.randn(4, 3), torch.randn(4, 3)
+    before, counts = codebook.clone(), torch.tensor([2.0, 0, 1, 0])
+    sums[counts == 0] = 0
+    vaeops.vq_ema_(torch.zeros(4), torch.zeros(4, 3), codebook, counts, sums, eps=0.0)
+    used = counts > 0
+    assert torch.equal(codebook[~used], before[~used])
+    torch.testing.assert_close(codebook[used], sums[used] / counts[used].unsqueeze(1))
+
+
 def test_ema_of_stacked_levels_is_each_level():
     state = [torch.rand(3, 4), torch.randn(3, 4, 2), torch.randn(3, 4, 2)]
     counts, sums = torch.randint(0, 5, (3, 4)).float(), torch.randn(3, 4, 2)
