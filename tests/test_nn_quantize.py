@@ -1,6 +1,7 @@
 """Quantizer layers: state, updates, modes, tracing, checkpointing, accumulation."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -233,6 +234,20 @@ def test_kmeans_starts_from_the_first_batch_in_training(options):
     torch.testing.assert_close(layer.codebook, codes, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("kmeans_init", [True, False])
+def test_bad_rows_and_masks_are_named(kmeans_init):
+    layer = VectorQuantize(4, 8, kmeans_init=kmeans_init)
+    for error, match, args in (
+        (ValueError, r"x \[2, 5\] must have the codebook's D = 4", (torch.randn(2, 5),)),
+        (TypeError, "x must be float32", (torch.ones(2, 4).long(),)),
+        (TypeError, "mask must be bool, got torch.float32", (torch.randn(4, 3, 4), torch.ones(4, 3))),
+        (ValueError, "mask must have x's shape", (torch.randn(4, 3, 4), torch.ones(4).bool())),
+    ):
+        with pytest.raises(error, match="vector_quantize: " + match):
+            layer(*args)
+    assert layer._codebook.started != kmeans_init
+
+
 def test_kmeans_of_fewer_rows_than_codes():
     layer, x = VectorQuantize(4, 8, kmeans_init=True), torch.randn(3, 4)
     assert layer(x).commit_loss < 1e-12
@@ -344,6 +359,24 @@ def test_micro_batches_make_the_update_of_the_big_batch(make, mode):
         parts.update()
     exact = {"rtol": 0, "atol": 0} if mode else {}
     assert_same_state(state(whole), state(parts), **exact)
+
+
+@pytest.mark.parametrize("options", [{}, {"deterministic": "bitwise"}, {"revive_below": 0.5}], ids=str)
+def test_a_loaded_state_forgets_what_was_seen(options):
+    layer = VectorQuantize(4, 8, accumulate=True, **options)
+    before = state(layer)
+    layer(torch.randn(20, 4))
+    layer.load_state_dict(before)
+    layer.update()
+    assert_same_state(state(layer), before, rtol=0, atol=0)
+
+
+def test_a_pickle_holds_the_codebook_once():
+    layer = VectorQuantize(4, 8)
+    size = len(pickle.dumps(layer))
+    layer(torch.randn(20, 4))
+    assert len(pickle.dumps(layer)) == size
+    assert_same_state(state(pickle.loads(pickle.dumps(layer))), state(layer), rtol=0, atol=0)
 
 
 def test_update_codebooks_finds_every_layer_once():
@@ -540,8 +573,25 @@ def test_no_call_waits_for_the_device():
         (ValueError, "metric must be one of .* got 'dot'", lambda: VectorQuantize(4, 8, metric="dot")),
         (ValueError, "deterministic must be", lambda: VectorQuantize(4, 8, deterministic="yes")),
         (ValueError, "dim 5 must be a multiple of heads", lambda: VectorQuantize(5, 8, heads=2)),
-        (ValueError, "estimator must be one of",
-         lambda: VectorQuantize(4, 8, estimator="x")(torch.zeros(1, 4))),
+        (ValueError, "VectorQuantize: estimator must be one of", lambda: VectorQuantize(4, 8, estimator="x")),
+        (ValueError, "VectorQuantize: precision must be", lambda: VectorQuantize(4, 8, precision="half")),
+        (ValueError, "VectorQuantize: impl must be one of", lambda: VectorQuantize(4, 8, impl="gpu")),
+        (ValueError, "VectorQuantize: decay must be in .* got 2", lambda: VectorQuantize(4, 8, decay=2.0)),
+        (TypeError, "VectorQuantize: decay must be a float", lambda: VectorQuantize(4, 8, decay="x")),
+        (ValueError, "VectorQuantize: eps must be in", lambda: VectorQuantize(4, 8, eps=-1)),
+        (ValueError, "VectorQuantize: revive_below must be", lambda: VectorQuantize(4, 8, revive_below=-1.0)),
+        (ValueError, "VectorQuantize: kmeans_iters must be at least 1",
+         lambda: VectorQuantize(4, 8, kmeans_init=True, kmeans_iters=0)),
+        (ValueError, "VectorQuantize: codebook_size must be at least 1", lambda: VectorQuantize(4, 0)),
+        (ValueError, "VectorQuantize: heads must be at least 1", lambda: VectorQuantize(4, 8, heads=0)),
+        (TypeError, "VectorQuantize: codebook_dim must be an int",
+         lambda: VectorQuantize(4, 8, codebook_dim=2.0)),
+        (ValueError, "VectorQuantize: dim must be at least 1", lambda: VectorQuantize(0, 8)),
+        (ValueError, "ResidualVQ: estimator must be one of", lambda: ResidualVQ(4, 8, 2, estimator="x")),
+        (ValueError, "GroupedResidualVQ: groups must be at least 1",
+         lambda: GroupedResidualVQ(4, 8, 2, groups=0)),
+        (ValueError, r"LFQ: bits must be in \[1, 63\], got 64", lambda: LFQ(64)),
+        (ValueError, "SimVQ: metric must be one of", lambda: SimVQ(4, 8, metric="l1")),
         (ValueError, "mask or lens, not both",
          lambda: VectorQuantize(4, 8)(torch.zeros(1, 1, 4), torch.ones(1, 1).bool(), torch.ones(1))),
         (ValueError, r"lens must be \[B\]",

@@ -261,6 +261,18 @@ def test_a_zero_code_has_no_direction(impl):
     assert not vaeops.vq_assign(torch.zeros(2, 4), e, metric="l2", impl=impl).any()
 
 
+def test_the_losses_are_two_tensors(impl):
+    x, e = torch.randn(4, 5), torch.randn(3, 5)
+    for out in (
+        vaeops.vector_quantize(x, e, impl=impl),
+        vaeops.vector_quantize(x.requires_grad_(), e, impl=impl),
+        vaeops.nn.FSQ([5] * 5)(x),
+    ):
+        before = out.codebook_loss.clone()
+        out.commit_loss.detach().add_(1)
+        assert torch.equal(out.codebook_loss, before)
+
+
 def test_a_bad_row_stays_alone(impl):
     x, e = torch.randn(20, 6), torch.randn(9, 6)
     x[3, 2], x[5] = NAN, INF

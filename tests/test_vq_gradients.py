@@ -180,6 +180,20 @@ def test_a_bad_row_keeps_the_codebooks_gradient_finite(impl):
     assert bool(e.grad.isfinite().all()) and e.grad.any()
 
 
+@pytest.mark.parametrize("reduction", ref.REDUCTIONS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_code_that_is_never_chosen_has_no_gradient(impl, reduction, bad):
+    x, e = torch.randn(20, 4), torch.randn(6, 4)
+    e[3, 0] = bad
+    g = torch.randn(20) if reduction == "none" else torch.tensor(1.0)
+    for f, which in ((vaeops.vector_quantize, impl), (ref.vector_quantize, "ref")):
+        for stats in (False, True):
+            leaf = e.clone().requires_grad_()
+            out = f(x, leaf, reduction=reduction, stats=stats, impl=which)
+            out.codebook_loss.backward(g)
+            assert bool(leaf.grad.isfinite().all()) and not leaf.grad[3].any() and leaf.grad.any()
+
+
 def test_quantized_and_masked_rows_are_exact_under_straight_through(impl):
     """x + (q - x) is not q; ours is, bit for bit."""
     x, e = torch.randn(300, 8) * 100, torch.randn(20, 8, requires_grad=True)
@@ -243,7 +257,8 @@ def test_lookup_gradients_of_any_order(impl, dim):
     def f(e):
         return vaeops.vq_lookup(indices, e, channel_dim=dim, fill=0.3, impl=impl)
 
-    assert torch.autograd.gradcheck(f, e) and torch.autograd.gradgradcheck(f, e)
+    assert torch.autograd.gradcheck(f, e, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(f, e, check_fwd_over_rev=True)
     torch.testing.assert_close(f(e), ref.vq_lookup(indices, e, channel_dim=dim, fill=0.3))
 
 
@@ -386,6 +401,31 @@ def test_functorch_gradients():
     got = torch.func.grad(lambda x: sum(vaeops.vq_entropy(x, e)))(x)
     leaf = x.clone().requires_grad_()
     torch.testing.assert_close(got, torch.autograd.grad(sum(vaeops.vq_entropy(leaf, e)), leaf)[0])
+
+
+def test_forward_mode_is_no_silent_zero():
+    x, e, indices = torch.randn(10, 4), torch.randn(6, 4), torch.tensor([0, 3, -1, 3])
+    jvp = torch.func.jvp
+    got = jvp(lambda e: vaeops.vq_lookup(indices, e).square().sum(), (e,), (e,))[1]
+    torch.testing.assert_close(got, 2 * e[indices[indices >= 0]].square().sum())
+    match = "vector_quantize: there is no forward-mode derivative"
+    for f in (
+        lambda x, e: vaeops.vector_quantize(x, e).quantized,
+        lambda x, e: vaeops.vector_quantize(x, e, estimator="none", stats=True).commit_loss,
+        lambda x, e: vaeops.residual_vq(x, e[None]).quantized,
+    ):
+        with pytest.raises(NotImplementedError, match=match):
+            jvp(f, (x, e), (x, e))
+    with pytest.raises(NotImplementedError, match=match):
+        jvp(lambda e: vaeops.vector_quantize(x, e, stats=True).codebook_loss, (e,), (e,))
+    with torch.autograd.forward_ad.dual_level():
+        leaf, dual = x.clone().requires_grad_(), torch.autograd.forward_ad.make_dual(e, e)
+        with pytest.raises(NotImplementedError, match=match):
+            vaeops.vector_quantize(x, dual)
+        out = vaeops.vector_quantize(leaf, e)  # constants are served all the same
+        loss = out.commit_loss * vaeops.vq_lookup(indices, dual).sum()
+        with pytest.raises(RuntimeError, match="vector_quantize: there is no double backward"):
+            torch.autograd.grad(loss, leaf)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

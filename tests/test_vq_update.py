@@ -69,6 +69,16 @@ def test_ema_of_a_batch_without_rows_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(state, before))
 
 
+def test_ema_without_smoothing_keeps_codes_that_were_never_used():
+    codebook, sums = torch.randn(4, 3), torch.randn(4, 3)
+    before, counts = codebook.clone(), torch.tensor([2.0, 0, 1, 0])
+    sums[counts == 0] = 0
+    vaeops.vq_ema_(torch.zeros(4), torch.zeros(4, 3), codebook, counts, sums, eps=0.0)
+    used = counts > 0
+    assert torch.equal(codebook[~used], before[~used])
+    torch.testing.assert_close(codebook[used], sums[used] / counts[used].unsqueeze(1))
+
+
 def test_ema_of_stacked_levels_is_each_level():
     state = [torch.rand(3, 4), torch.randn(3, 4, 2), torch.randn(3, 4, 2)]
     counts, sums = torch.randint(0, 5, (3, 4)).float(), torch.randn(3, 4, 2)
@@ -288,6 +298,15 @@ def test_fsq_reaches_every_code_and_decodes(levels):
     assert torch.equal(vaeops.fsq(back, levels)[0], grid)
 
 
+def test_fsq_stays_in_range_with_many_levels():
+    levels = [1024, 1003, 100_000]
+    x = torch.tensor([[20.0] * 3, [-20.0] * 3, [math.inf] * 3, [0.3] * 3])
+    quantized, indices = vaeops.fsq(x, levels)
+    assert bool((quantized.abs() <= 1).all())
+    assert [int(indices[0]), int(indices[1])] == [math.prod(levels) - 1, 0] and indices[2] == indices[0]
+    assert torch.equal(vaeops.fsq_decode(indices, levels), quantized)
+
+
 def test_fsq_gradient_is_that_of_the_squashing():
     levels = [8, 5]
     x = torch.randn(40, 2, dtype=torch.float64, requires_grad=True)
@@ -389,6 +408,24 @@ def test_sample_at_temperature_zero_is_the_nearest_code():
     assert torch.equal(vaeops.vq_sample(x, e, 0.0, SEED, channel_dim=1), nearest)
     assert torch.equal(vaeops.vq_sample(x, e, 1e-6, SEED, channel_dim=1), nearest)
     assert vaeops.vq_sample(x[:0], e, 1.0, SEED, channel_dim=1).shape == (0, 10)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-60])
+@pytest.mark.parametrize("metric", ref.METRICS)
+def test_tiny_temperatures_are_the_limit(metric, temperature):
+    """Ties are drawn evenly, all else is the nearest code."""
+    x, e = 1e3 * torch.randn(400, 4), torch.randn(6, 4)
+    nearest = vaeops.vq_assign(x, e, metric=metric)
+    assert torch.equal(vaeops.vq_sample(x, e, temperature, SEED, metric=metric), nearest)
+    sample_entropy, average = vaeops.vq_entropy(x, e, temperature=temperature, metric=metric)
+    share = torch.bincount(nearest, minlength=6) / 400
+    assert sample_entropy == 0
+    torch.testing.assert_close(average, torch.special.entr(share).sum())
+    twice = torch.cat((e, e))
+    drawn = vaeops.vq_sample(x, twice, temperature, SEED, metric=metric)
+    assert torch.equal(drawn % 6, nearest) and 120 < int((drawn >= 6).sum()) < 280
+    sample_entropy = vaeops.vq_entropy(x, twice, temperature=temperature, metric=metric)[0]
+    torch.testing.assert_close(sample_entropy, torch.tensor(math.log(2)))
 
 
 def entropies(x, e, temperature, metric, mask):

@@ -6,12 +6,14 @@ and apply the same update: one flat all-reduce for all codebooks of a model, wha
 
 from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import vq
+from ..ops.vq import check
 from ..ops.vq.quantize import fixed_point_sums, from_fixed_point, row_absmax, statistics
 from .processes import all_reduce, spread, world
 
@@ -50,6 +52,13 @@ class Codebook(nn.Module):
                  revive_below: float = 0.0, deterministic: str | None = None,
                  sync: bool = True) -> None:  # fmt: skip
         super().__init__()
+        op = "VectorQuantize"
+        check.count(op, "codebook_size", size)
+        check.number(op, "decay", decay, 0, 1)
+        check.number(op, "eps", eps, 0, float("inf"), "[)")
+        check.number(op, "revive_below", revive_below, 0, float("inf"), "[)")
+        if kmeans_init:
+            check.count(op, "kmeans_iters", kmeans_iters)
         self.ema, self.normalize, self.decay, self.eps = ema, normalize, decay, eps
         self.kmeans_iters, self.revive_below = kmeans_iters, revive_below
         self.bitwise, self.sync = deterministic == "bitwise", sync
@@ -67,11 +76,17 @@ class Codebook(nn.Module):
         # `initted` for Python: asking the tensor would wait for the device and break a compiled graph.
         self.started = not kmeans_init
         self._looked_up: Tensor | None = None  # the codebook of the last call that updated it
-        # What was seen since the last update. No buffers: DistributedDataParallel would overwrite them with
-        # those of the first process.
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing was seen since the last update."""
+        # No buffers: DistributedDataParallel would overwrite them with those of the first process.
         self._seen: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []
         self._counts: Tensor | None = None
         self._sums: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_looked_up": None}  # of use to this step's backward alone
 
     def _apply(self, fn, recurse=True):
         """Moves with the model; a dtype below fp32 is not taken on."""
@@ -85,6 +100,8 @@ class Codebook(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
+        self._looked_up = None
         if not self.initted.is_meta:
             self.started = bool(self.initted)
 
@@ -126,6 +143,9 @@ class Codebook(nn.Module):
         is; one for which there was no row, where it was initialised.
         """
         self._check_written()
+        for x, e, m in zip(xs, self.embed, masks):  # as the lookup that follows would
+            check.rows("vector_quantize", x, e, -1)
+            check.mask("vector_quantize", m, x)
         processes, rank = world(self.sync)
         zeros = (torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device) for x in xs)
         indices = [i if m is None else i.masked_fill(~m, -1) for i, m in zip(zeros, masks)]
@@ -195,8 +215,7 @@ class Codebook(nn.Module):
         sums = self.cluster_size.new_zeros((heads, codes, dim), dtype=dtype)
         if self._counts is not None and self._sums is not None:
             counts, sums = self._counts, self._sums
-        self._counts = self._sums = None
-        self._seen = []
+        self._forget()
         return counts, sums
 
     def seen(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import vq
-from ..ops.vq import VQOutput
+from ..ops._library import IMPLS
+from ..ops.vq import VQOutput, check
+from ..ref.vq import ESTIMATORS
 from .codebook import Codebook, learn, recomputing, update_codebooks
 
 METRICS = ("l2", "cosine")
@@ -78,12 +80,19 @@ class VectorQuantize(nn.Module):
                  deterministic: str | None = None, channel_dim: int = -1, freeze: bool = False,
                  accumulate: bool = False, impl: str | None = None) -> None:  # fmt: skip
         super().__init__()
-        if metric not in METRICS:
-            raise ValueError(f"VectorQuantize: metric must be one of {METRICS}, got {metric!r}")
+        op = "VectorQuantize"
+        check.one_of(op, "metric", metric, METRICS)
+        check.one_of(op, "estimator", estimator, ESTIMATORS)
+        check.one_of(op, "precision", precision, check.PRECISIONS)
+        if impl is not None:
+            check.one_of(op, "impl", impl, IMPLS)
+        check.count(op, "dim", dim)
+        check.count(op, "heads", heads)
         if codebook_dim is None:
             if dim % heads:
                 raise ValueError(f"VectorQuantize: dim {dim} must be a multiple of heads, got {heads}")
             codebook_dim = dim // heads
+        check.count(op, "codebook_dim", codebook_dim)
         if deterministic not in (None, "bitwise"):
             raise ValueError(
                 f"VectorQuantize: deterministic must be None or 'bitwise', got {deterministic!r}"

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import vq
-from ..ops.vq import VQOutput
+from ..ops.vq import VQOutput, check
 from ..ops.vq.residual import with_gradient
+from ..ref.vq import ESTIMATORS
 from .codebook import recomputing, update_codebooks
 from .quantize import VectorQuantize, mask_of
 
@@ -53,6 +54,7 @@ class ResidualVQ(nn.Module):
             raise ValueError(
                 f"ResidualVQ: shared_codebook needs one codebook_size, got {list(codebook_size)}"
             )
+        check.one_of("ResidualVQ", "estimator", estimator, ESTIMATORS)
         if "heads" in options:
             raise TypeError(
                 "ResidualVQ: heads is no option of a level; GroupedResidualVQ splits the channels"
@@ -137,6 +139,7 @@ class GroupedResidualVQ(nn.Module):
     def __init__(self, dim: int, *args: Any, groups: int = 1, channel_dim: int = -1, accumulate: bool = False,
                  **options: Any) -> None:  # fmt: skip
         super().__init__()
+        check.count("GroupedResidualVQ", "groups", groups)
         if dim % groups:
             raise ValueError(f"GroupedResidualVQ: dim {dim} must be a multiple of groups, got {groups}")
         self.groups, self.channel_dim, self.accumulate = groups, channel_dim, accumulate

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import vq
-from ..ops.vq import VQOutput
+from ..ops.vq import VQOutput, check
+from ..ref.vq import ESTIMATORS, METRICS
+
+_CHOICES = {"metric": METRICS, "estimator": ESTIMATORS, "precision": check.PRECISIONS}
 
 
 class _Projected(nn.Module):
@@ -51,8 +54,8 @@ class FSQ(_Projected):
 
     def forward(self, x: Tensor) -> VQOutput:
         quantized, indices = vq.fsq(self._in(x), self.levels)
-        zero = torch.zeros((), device=x.device)
-        return VQOutput(self._out(quantized), indices, zero, zero, None, None)
+        zeros = torch.zeros(2, device=x.device)
+        return VQOutput(self._out(quantized), indices, zeros[0], zeros[1], None, None)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """indices [*R] -> quantized values [*R, D], before the projection."""
@@ -82,7 +85,7 @@ class LFQ(_Projected):
     """
 
     def __init__(self, bits: int, dim: int | None = None, *, channel_dim: int = -1) -> None:
-        super().__init__(dim, bits, channel_dim)
+        super().__init__(dim, check.count("LFQ", "bits", bits, 63), channel_dim)
         self.bits = bits
 
     def forward(self, x: Tensor) -> VQOutput:
@@ -138,6 +141,9 @@ class SimVQ(nn.Module):
                  transform: nn.Module | None = None, channel_dim: int = -1,
                  **options: Any) -> None:  # fmt: skip
         super().__init__()
+        for name, choices in _CHOICES.items():
+            if name in options:
+                check.one_of("SimVQ", name, options[name], choices)
         frozen_dim = dim if frozen_dim is None else frozen_dim
         self.register_buffer("frozen_codebook", torch.randn(codebook_size, frozen_dim) * frozen_dim**-0.5)
         self.code_transform = nn.Linear(frozen_dim, dim, bias=False) if transform is None else transform

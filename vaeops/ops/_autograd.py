@@ -77,6 +77,14 @@ class Differentiable:
         return self._kernel[impl](*tensors, *options)
 
 
+def forward_mode() -> bool:
+    """Whether an input may carry a tangent: it need not require a gradient, and the bare op would lose it.
+
+    A Function without a jvp raises where one does.
+    """
+    return not _is_compiling() and forward_ad._current_level >= 0
+
+
 class Once(Function):
     """The identity on a gradient of `op`, whose own derivative, by whichever of its causes, is an error."""
 
@@ -90,6 +98,10 @@ class Once(Function):
 
     @staticmethod
     def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.op}: there is no double backward")
+
+    @staticmethod
+    def jvp(ctx, *_):
         raise RuntimeError(f"{ctx.op}: there is no double backward")
 
     @staticmethod

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from ... import _native
 from ...ref import perceptual as ref
-from .._autograd import Once
+from .._autograd import Once, forward_mode
 from .._library import check_impl
 from . import check
 from .trunk import BATCHNORM_BWD, BATCHNORM_FWD, FEATURES_BWD, FEATURES_FWD, PACK
@@ -135,9 +135,7 @@ class _BatchFeatures(Function):
 def features(cut: Cut, x: Tensor, impl: str | None) -> list[Tensor]:
     """The maps of x at the taps of the cut, with a graph where x asks for one."""
     packed, where = cut.packed(impl), (cut.layers, cut.taps, cut.pixels(x.dtype))
-    graph = torch.is_grad_enabled() and x.requires_grad
-    # In forward mode too: without a jvp the Function raises, where the bare op would lose the tangent.
-    graph = graph or (not torch.compiler.is_compiling() and forward_ad._current_level >= 0)
+    graph = forward_mode() or (torch.is_grad_enabled() and x.requires_grad)
     if cut.norms:
         options = (*where, cut.norm_eps, cut.algorithm)
         if graph:

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ...ref import vq as ref
+from .._autograd import forward_mode
 from .._library import check_impl, define, overloads
 from . import check
 from .assign import triton_kernel
@@ -53,6 +54,19 @@ class _Lookup(Function):
         return gradient.to(ctx.dtype), None, None, None
 
 
+class _LookupForward(_Lookup):
+    """With a forward derivative, the lookup of the tangent. torch.compile takes no Function with a jvp."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _Lookup.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return _lookup(tangent, ctx.saved_tensors[0], 0.0, ctx.impl)
+
+
 class _Scatter(Function):
     """Transpose of `_Lookup`, for the backward of its backward."""
 
@@ -70,10 +84,32 @@ class _Scatter(Function):
     @staticmethod
     def backward(ctx, g):
         (indices,) = ctx.saved_tensors
-        return _Lookup.apply(g, indices, 0.0, ctx.impl).to(ctx.dtype), None, None, None
+        return _lookup(g, indices, 0.0, ctx.impl).to(ctx.dtype), None, None, None
+
+
+class _ScatterForward(_Scatter):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _Scatter.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[1])
+        ctx.codes = inputs[2]
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return _scatter(tangent, ctx.saved_tensors[0], ctx.codes, ctx.impl)
+
+
+def _lookup(codebook: Tensor, indices: Tensor, fill: float, impl: str | None) -> Tensor:
+    if forward_mode():
+        return _LookupForward.apply(codebook, indices, fill, impl)
+    if torch.is_grad_enabled() and codebook.requires_grad:
+        return _Lookup.apply(codebook, indices, fill, impl)
+    return _Lookup.forward(codebook.detach(), indices, fill, impl)
 
 
 def _scatter(values: Tensor, indices: Tensor, codes: int, impl: str | None) -> Tensor:
+    if forward_mode():
+        return _ScatterForward.apply(values, indices, codes, impl)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _Scatter.forward(values, indices, codes, impl)
     return _Scatter.apply(values, indices, codes, impl)
@@ -94,9 +130,9 @@ def vq_lookup(indices: Tensor, codebook: Tensor, *, channel_dim: int = -1, fill:
 
     Returns:
         quantized [*R, D] in the codebook's dtype, contiguous, or a view of that with the channels moved to
-        `channel_dim`. Gradient, of any order: to the codebook, the sum of the rows of each code, added in
-        fp64 in row order, hence the same bits from run to run and for any number of threads. Saved for
-        backward: indices.
+        `channel_dim`. Gradient, of any order, forward and reverse: to the codebook, the sum of the rows of
+        each code, added in fp64 in row order, hence the same bits from run to run and for any number of
+        threads. Saved for backward: indices.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is taken; the same under torch.compile.
@@ -109,8 +145,5 @@ def vq_lookup(indices: Tensor, codebook: Tensor, *, channel_dim: int = -1, fill:
     if not isinstance(fill, (int, float)) or isinstance(fill, bool):
         raise TypeError(f"{op}: fill must be a float, got {type(fill).__name__}")
     check_impl(op, impl, codebook)
-    if torch.is_grad_enabled() and codebook.requires_grad:
-        quantized = _Lookup.apply(codebook, indices, float(fill), impl)
-    else:
-        quantized = GATHER[impl](indices, codebook.detach(), None, float(fill), ref.NO_LOSS)[0]
+    quantized = _lookup(codebook, indices, float(fill), impl)
     return quantized if dim == indices.dim() else quantized.movedim(-1, dim)

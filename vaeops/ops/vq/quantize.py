@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from ...ref import vq as ref
 from ...ref.vq import VQOutput
-from .._autograd import Once
+from .._autograd import Once, forward_mode
 from .._library import check_impl, define, overloads
 from . import check
 from .assign import ASSIGN, triton_kernel
@@ -62,12 +62,21 @@ class _Quantize(Function):
                 w = torch.ones_like(counts[0])
             elif counts is None:
                 counts, sums = SEGMENT_SUM[impl](x, indices, None, None, codebook.shape[0], True, True)
-            # In fp64: c e and S are nearly equal where the codes fit.
-            ge = (2 * w * (counts.unsqueeze(1) * codebook - sums)).to(codebook.dtype)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # In fp64: c e and S are nearly equal where the codes fit. A code that no row chose may be NaN.
+            c = counts.unsqueeze(1)
+            ge = (2 * w * (torch.where(c != 0, c * codebook, 0) - sums)).to(codebook.dtype)
+        if forward_mode() or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
             causes = (gq, g_commit, g_codebook, x, codebook)
             gx, ge = (None if g is None else Once.apply("vector_quantize", g, *causes) for g in (gx, ge))
         return gx, ge, None, None, None, None
+
+
+class _NoForward(_Quantize):
+    """For forward mode, which would pass by silently. torch.compile takes no Function with a jvp."""
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError("vector_quantize: there is no forward-mode derivative (jvp), only backward")
 
 
 def _per_element(g: Tensor, x: Tensor, indices: Tensor | None, reduction: int) -> Tensor:
@@ -173,7 +182,7 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, metric: str = "l2", estimato
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is taken; the same under torch.compile.
-        RuntimeError: on double backward.
+        RuntimeError: on double backward. NotImplementedError: on a tangent of forward mode.
 
     Source: van den Oord et al., "Neural Discrete Representation Learning", 2017; the rotation: Fifty et al.,
     "Restructuring Vector Quantization with the Rotation Trick", 2024.
@@ -199,7 +208,8 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, metric: str = "l2", estimato
     fixed_rows, fixed_codebook = rows.detach(), codebook.detach()
     indices = ASSIGN[impl](fixed_rows, fixed_codebook, mask, metric_code, exact, False)
     counts = sums = wide_counts = wide_sums = None
-    wants_codebook = torch.is_grad_enabled() and codebook.requires_grad
+    forward = forward_mode()
+    wants_codebook = forward or (torch.is_grad_enabled() and codebook.requires_grad)
     if stats and wants_codebook and deterministic is None and options[1] != 0:
         wide_counts, wide_sums = statistics(fixed_rows, indices, codes, torch.float64, None, impl)
         counts, sums = wide_counts.to(dtype), wide_sums.to(dtype)
@@ -211,12 +221,13 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, metric: str = "l2", estimato
             rows = rows.view_as(rows)  # Dynamo refuses a Function that is given one tensor twice
         if stats and not wants_codebook:
             codebook = fixed_codebook.clone()  # vq_ema_ may change the codebook before backward
-        quantized, commit, codebook_loss = _Quantize.apply(
+        function = _NoForward if forward else _Quantize
+        quantized, commit, codebook_loss = function.apply(
             rows, codebook, indices, wide_counts, wide_sums, options
         )
     else:
         quantized, commit = GATHER[impl](indices, fixed_codebook, fixed_rows, 0.0, options[1])
-        codebook_loss = commit
+        codebook_loss = commit.clone()  # one may be changed in place
     if rows is not x:
         quantized = quantized.movedim(-1, channel_dim)
     return VQOutput(quantized, indices, commit, codebook_loss, counts, sums)

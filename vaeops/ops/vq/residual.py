@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ...ref import vq as ref
 from ...ref.vq import VQOutput
+from .._autograd import forward_mode
 from . import check
 from .quantize import vector_quantize
 
@@ -64,7 +65,8 @@ def residual_vq(x: Tensor, codebooks: Tensor, *, metric: str = "l2", estimator: 
 def with_gradient(total: Tensor, rows: Tensor, estimator: str, mask: Tensor | None) -> Tensor:
     """The sum of codes, total [*R, D], in the rows' dtype and with a gradient to them by `estimator`."""
     quantized = total.to(rows.dtype)
-    if estimator == "none" or not (torch.is_grad_enabled() and rows.requires_grad):
+    differentiated = forward_mode() or (torch.is_grad_enabled() and rows.requires_grad)
+    if estimator == "none" or not differentiated:
         return quantized
     through = rows
     if estimator == "rotation":

@@ -40,9 +40,10 @@ def _centre(e: Tensor, choosable: Tensor, metric: int) -> tuple[Tensor, Tensor |
 
 
 def _logits(x: Tensor, e: Tensor, choosable: Tensor, temperature: float, metric: int) -> Tensor:
-    """[n, K], less what a row has in common."""
+    """[n, K], less what a row has in common; the largest is 0, so overflow makes no +inf."""
     l = 2 * x @ e.t() - e.square().sum(1) if metric == 0 else x @ e.t()  # noqa: E741
-    return torch.where(choosable, l / temperature, -torch.inf)
+    l = torch.where(choosable, l, -torch.inf)  # noqa: E741
+    return (l - l.amax(1, keepdim=True)) / temperature
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:
@@ -158,6 +159,11 @@ def _operands(rows: Tensor, codebook: Tensor, metric: int) -> tuple[Tensor, Tens
     return x, e, choosable, finite
 
 
+def _not_zero(temperature: float, dtype: torch.dtype) -> float:
+    """The temperature, or the smallest number that the dtype does not take for 0."""
+    return max(float(temperature), torch.finfo(dtype).tiny)
+
+
 def vq_sample(x: Tensor, codebook: Tensor, temperature: float, seed: Tensor, *, metric: str = "l2",
               mask: Tensor | None = None, channel_dim: int = -1) -> Tensor:  # fmt: skip
     """A random code for each row, drawn from softmax(l / temperature).
@@ -188,7 +194,7 @@ def vq_sample(x: Tensor, codebook: Tensor, temperature: float, seed: Tensor, *, 
     if temperature == 0:
         return vq_assign(rows, codebook, metric=metric, mask=mask)
     v, e, choosable, finite = _operands(rows.detach(), codebook.detach(), code)
-    indices = torch.ops.vaeops.vq_sample(v, e, choosable, seed, float(temperature), code)
+    indices = torch.ops.vaeops.vq_sample(v, e, choosable, seed, _not_zero(temperature, v.dtype), code)
     indices = indices.masked_fill(~finite, 0).reshape(rows.shape[:-1])
     return indices if mask is None else indices.masked_fill(~mask, -1)
 
@@ -225,5 +231,5 @@ def vq_entropy(x: Tensor, codebook: Tensor, *, temperature: float = 1.0, metric:
     v, e, choosable, used = _operands(rows, codebook, code)
     if mask is not None:
         used = used & mask.reshape(-1)
-    sample, average, _ = _Entropy.apply(v, e, choosable, used, float(temperature), code)
+    sample, average, _ = _Entropy.apply(v, e, choosable, used, _not_zero(temperature, v.dtype), code)
     return sample, average

@@ -73,7 +73,8 @@ def fsq(x: Tensor, levels: Sequence[int], *, channel_dim: int = -1) -> tuple[Ten
     shifts = [math.atanh(o / h) for o, h in zip(offsets, halves)]
     width = _vector([n // 2 for n in levels], v)
     bounded = torch.tanh(v + _vector(shifts, v)) * _vector(halves, v) - _vector(offsets, v)
-    code = bounded.detach().round()
+    # Clamped: beyond 1001 levels h's margin reaches the next one.
+    code = bounded.detach().round().clamp(-width, _vector([(n - 1) // 2 for n in levels], v))
     smooth = bounded / width
     quantized = code / width + (smooth - smooth.detach())  # adds exactly 0
     digits = (code + width).nan_to_num(nan=0.0).long()

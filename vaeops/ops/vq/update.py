@@ -73,8 +73,8 @@ def vq_ema_(cluster_size: Tensor, embed_sum: Tensor, codebook: Tensor, counts: T
         embed_sum    <- decay embed_sum + (1 - decay) sums
         codebook     <- embed_sum / size
         size_k = n (cluster_size_k + eps) / (n + K eps),   n = sum_k cluster_size_k
-    An update without any row (counts all zero) changes nothing. With several processes, all-reduce counts and
-    sums first: then every process makes the same bits.
+    An update without any row (counts all zero) changes nothing; with eps = 0, a code of size 0 stays where it
+    is. With several processes, all-reduce counts and sums first: then every process makes the same bits.
 
     Args:
         cluster_size [*L, K], embed_sum [*L, K, D], codebook [*L, K, D]: the state; L, say, the levels of a
@@ -97,7 +97,7 @@ def vq_ema_(cluster_size: Tensor, embed_sum: Tensor, codebook: Tensor, counts: T
         n = ref.tree_sum(cluster_size).unsqueeze(-1)
         size = (cluster_size + eps) / (n + cluster_size.shape[-1] * eps) * n
         moved = embed_sum / size.unsqueeze(-1)
-        codebook.copy_(torch.where(any_row.unsqueeze(-1), moved, codebook))
+        codebook.copy_(torch.where((any_row & (size != 0)).unsqueeze(-1), moved, codebook))
 
 
 def _shuffled(flat: Tensor, mask: Tensor | None, seed: Tensor) -> tuple[Tensor, Tensor]:
