@@ -32,6 +32,8 @@ class CodePrior(nn.Module):
         length: T.
         width, layers, heads: of the transformer; heads must divide width.
         classes: labels of a conditional prior, or 0.
+        source: checksum of the VQ-VAE whose codes these are, as the data set `codes` says it. The trainer sets
+            it, and with it the codes of other weights, which mean something else, are refused.
         ops: "fused" | "ref": who draws the noise of `sample`, the same bits either way.
 
     Source: the prior of van den Oord et al., 2017, with the network of Radford et al., "Language Models are
@@ -41,12 +43,14 @@ class CodePrior(nn.Module):
     input_range = None
 
     def __init__(self, codes: int = 512, length: int = 49, *, width: int = 128, layers: int = 4,
-                 heads: int = 4, classes: int = 0, ops: str = "fused") -> None:  # fmt: skip
+                 heads: int = 4, classes: int = 0, source: str | None = None,
+                 ops: str = "fused") -> None:  # fmt: skip
         super().__init__()
         if width % heads:
             raise ValueError(f"CodePrior: width {width} must be a multiple of heads, got {heads}")
         self.impl = impl_of(ops)
         self.codes, self.input_shape, self.classes = codes, (length,), classes
+        self.source = source
         self.weights = {"nll": 1.0}
         self.start = nn.Embedding(max(classes, 1), width)
         self.embed = nn.Embedding(codes, width)

@@ -26,7 +26,7 @@ from ..nn import PosteriorMonitor
 from . import data as datasets, metrics
 from .checkpoint import load_model
 from .data import DECODED, Dataset
-from .data.codes import check_codes, load_vq
+from .data.codes import check_codes, checksum, load_vq
 
 Model = Any  # an nn.Module with the protocol of vaeops.models, or with the part of it that its kind has
 Found = defaultdict[str, list[Tensor]]  # by name, a value for each sample
@@ -63,7 +63,7 @@ def batches(model: Model, data: Dataset, batch: int, device: torch.device | str,
         raise ValueError(f"the model takes samples of {tuple(model.input_shape)}, those of {data.name} are "
                          f"{tuple(data.x.shape[1:])}")  # fmt: skip
     if "codes" in data.extra:
-        check_codes(model, data.extra["codes"], "the data set")
+        check_codes(model, data.extra["codes"], data.extra.get("source"), "the data set")
     with tqdm(total=len(data), desc=f"{what:<16}", unit="sample", unit_scale=True, disable=None) as bar:
         for row in range(0, len(data), batch):
             x, label = data.batch(torch.arange(row, min(row + batch, len(data))), device)
@@ -372,7 +372,7 @@ def sample_main(argv: Sequence[str]) -> int:
     model, _, loaded = load_model(args.checkpoint)
     if args.decoder:
         decoder, _ = load_vq(args.decoder)
-        check_codes(model, decoder.codes, f"the model of {args.decoder}")
+        check_codes(model, decoder.codes, checksum(decoder), f"the model of {args.decoder}")
     x = draw(model.to(args.device), args.n, seed=args.seed, label=args.label, device=args.device)
     if args.decoder:
         x = torch.cat([decode_codes(decoder, codes) for codes in x.split(SAMPLE_BATCH)])

@@ -93,6 +93,8 @@ def train(config: Config, resume: str | Path | None = None, *, model: Any = None
     with machine.processes(config.device) as place, machine.repeatable(config.deterministic):
         trainer = _Trainer(config, place, model, dataset)
         if state is not None:
+            if "source" in trainer.config.model:  # which older priors did not keep
+                state["config"]["model"].setdefault("source", trainer.config.model["source"])
             _check_same(state["config"], trainer.config)
             trainer.restore(state)
         with machine.stop_requests() as stops:
