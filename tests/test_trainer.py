@@ -1,12 +1,14 @@
 """The trainer: settings, objectives, what a run leaves behind, how it stops, and that it does not wait."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from vaeops import cli, objectives, rng  # noqa: E402
 from vaeops.models import MLPVAE, Terms  # noqa: E402
 from vaeops.nn import vgg_weights  # noqa: E402
 from vaeops.train import checkpoint, log, loop  # noqa: E402
-from vaeops.train.config import MAY_CHANGE, Config, make, parse  # noqa: E402
+from vaeops.train.config import MAY_CHANGE, Config, differences, make, parse  # noqa: E402
 
 
 def run(out, model=case.vae, data=None, resume=None, **changes):
@@ -370,6 +372,22 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "a", resume=tmp_path / "a", model=lambda: MLPVAE(16, (20,), 4), steps=9)
     assert set(MAY_CHANGE) < set(Config.__dataclass_fields__)
+
+
+def test_a_run_goes_on_with_the_same_trunk(tmp_path):
+    """The file may be elsewhere; its weights are the same, and there is one if there was one."""
+    def judged(checksum):
+        model = case.vae()
+        object.__setattr__(model, "trunk", SimpleNamespace(checksum=checksum))
+        return lambda: model
+
+    run(tmp_path, judged("aa"), steps=1)
+    with pytest.raises(ValueError, match="vgg: the checkpoint is of a run with other weights .* aa, got bb"):
+        run(tmp_path, judged("bb"), resume=tmp_path)
+    run(tmp_path, judged("aa"), resume=tmp_path)
+    old = {**dataclasses.asdict(case.small(tmp_path)), "vgg": "a.pth"}
+    assert differences(old, case.small(tmp_path)) == ["vgg: 'a.pth' became None"]
+    assert not differences(old, dataclasses.replace(case.small(tmp_path), vgg="b.pth"))
 
 
 def test_the_command(tmp_path, capsys):

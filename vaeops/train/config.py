@@ -131,7 +131,8 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "ddpm-tiny": {"data": "mnist", "epochs": 30, "lr": 2e-4, "ema": 0.999, "clip": 1.0},
 }  # fmt: skip
 
-# A run may be resumed with another value of these: what is learned does not follow from them.
+# A run may be resumed with another value of these: what is learned does not follow from them. Of `vgg`, with
+# another file of the same weights, and not with a file in place of none.
 MAY_CHANGE = ("root", "cache", "vgg", "steps", "epochs", "log_every", "grid_every", "checkpoint_every",
               "keep", "tensorboard", "out", "device")  # fmt: skip
 
@@ -188,8 +189,11 @@ def parse(arguments: Iterable[str], base: Config | None = None) -> Config:
 def differences(old: dict[str, Any], new: Config) -> list[str]:
     """What a resumed run may not change and did, one text each. old: a checkpoint's settings."""
     plain, came = _plain(old), _plain(dataclasses.asdict(new))
+    kept = {name for name in {**plain, **came} if name not in MAY_CHANGE}
+    if None in (plain.get("vgg"), came.get("vgg")):
+        kept.add("vgg")
     return [f"{name}: {plain.get(name)!r} became {came.get(name)!r}" for name in {**plain, **came}
-            if name not in MAY_CHANGE and plain.get(name) != came.get(name)]  # fmt: skip
+            if name in kept and plain.get(name) != came.get(name)]  # fmt: skip
 
 
 _WORDS = {"true": True, "false": False, "none": None}

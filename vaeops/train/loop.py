@@ -346,6 +346,7 @@ class _Trainer:
             "versions": _versions(),
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
+            "trunk": self._trunk(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "schedules": self.schedules.state_dict(),
@@ -354,7 +355,15 @@ class _Trainer:
             "log": {"columns": self.columns, "terms": self.terms, "rows": rows},
         }
 
+    def _trunk(self) -> str | None:
+        """The checksum of what a perceptual loss compares by, which is no part of the model's state."""
+        trunk = getattr(self.model, "trunk", None)
+        return getattr(trunk, "checksum", None)
+
     def restore(self, state: dict[str, Any]) -> None:
+        if (trunk := state.get("trunk", self._trunk())) != self._trunk():  # older ones do not say
+            raise ValueError(f"vgg: the checkpoint is of a run with other weights of VGG16: sha256 {trunk}, "
+                             f"got {self._trunk()}")  # fmt: skip
         for name, module in (("model", self.model), ("ema", self.ema)):
             try:
                 if module is not None:
