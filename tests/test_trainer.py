@@ -374,6 +374,15 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
     assert set(MAY_CHANGE) < set(Config.__dataclass_fields__)
 
 
+@pytest.mark.parametrize("fewer", [{"steps": 3}, {"steps": None, "epochs": 1}])
+def test_a_run_is_not_resumed_to_fewer_steps_than_it_has_done(tmp_path, fewer):
+    run(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"(steps|epochs): the checkpoint is of step 6 already, got (3|1, w)"):
+        run(tmp_path, resume=tmp_path, **fewer)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
 def test_a_run_goes_on_with_the_same_trunk(tmp_path):
     """The file may be elsewhere; its weights are the same, and there is one if there was one."""
     def judged(checksum):

@@ -364,6 +364,10 @@ class _Trainer:
         if (trunk := state.get("trunk", self._trunk())) != self._trunk():  # older ones do not say
             raise ValueError(f"vgg: the checkpoint is of a run with other weights of VGG16: sha256 {trunk}, "
                              f"got {self._trunk()}")  # fmt: skip
+        if state["step"] > self.steps:
+            name = "steps" if self.config.steps else "epochs"
+            asked = self.config.steps or f"{self.config.epochs}, which are {self.steps} steps"
+            raise ValueError(f"{name}: the checkpoint is of step {state['step']} already, got {asked}")
         for name, module in (("model", self.model), ("ema", self.ema)):
             try:
                 if module is not None:
