@@ -383,6 +383,17 @@ def test_a_run_is_not_resumed_to_fewer_steps_than_it_has_done(tmp_path, fewer):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_a_run_that_ended_before_its_first_checkpoint(tmp_path):
+    with pytest.raises(loop.NonFinite):
+        run(tmp_path, breaks(1, "recon"))
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint in .*: its run ended before the first"):
+        run(tmp_path, resume=tmp_path)
+    with pytest.raises(loop.NonFinite):  # nothing was logged, and nothing is lost by running it anew
+        run(tmp_path, breaks(5, "recon"))
+    with pytest.raises(FileExistsError, match="ended before its first checkpoint: remove it, or give another"):
+        run(tmp_path)
+
+
 def test_a_run_goes_on_with_the_same_trunk(tmp_path):
     """The file may be elsewhere; its weights are the same, and there is one if there was one."""
     def judged(checksum):

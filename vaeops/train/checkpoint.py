@@ -11,6 +11,7 @@ import torch
 
 from .. import models
 from .._files import atomic
+from .log import FILE
 
 FORMAT = 1  # of the state, settings included; any other one is refused
 _NAME = re.compile(r"step-(\d{9})\.pt")
@@ -96,7 +97,8 @@ def resolve(path: Path | str) -> Path:
     if path.is_dir():
         checkpoints = found(path / "checkpoints") or found(path)
         if not checkpoints:
-            raise FileNotFoundError(f"there is no checkpoint in {path}")
+            ended = ": its run ended before the first one, and can only be run anew" if (path / FILE).exists() else ""
+            raise FileNotFoundError(f"there is no checkpoint in {path}{ended}")
         return checkpoints[-1]
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")

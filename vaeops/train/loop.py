@@ -392,9 +392,13 @@ class _Trainer:
 
     def _begin(self, fresh: bool) -> None:
         """The folder of the run, its config.json, and what is run, printed."""
-        if fresh and ((self.out / FILE).exists() or checkpoint.found(self.out / "checkpoints")):
+        if fresh and checkpoint.found(self.out / "checkpoints"):
             raise FileExistsError(
                 f"out: {self.out} holds a run: resume it (--resume {self.out}), or give another"
+            )
+        if fresh and (self.out / FILE).exists() and (self.out / FILE).stat().st_size:
+            raise FileExistsError(
+                f"out: {self.out} holds a run that ended before its first checkpoint: remove it, or give another"
             )
         checkpoint.take_up(self.out / "checkpoints", self.step)
         settings = {"config": dataclasses.asdict(self.config), "versions": _versions()}
