@@ -60,12 +60,13 @@ def load(path: Path | str) -> dict[str, Any]:
         ValueError: the file is no checkpoint of a training, or of another version's format.
     """
     path = resolve(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged or foreign file fails in many ways
-        raise ValueError(f"{path} is no checkpoint of vaeops train, or is damaged") from error
+    with path.open("rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged or foreign file fails in many ways, with OSError if it is cut off
+            older = [other for other in found(path.parent) if other.name < path.name]
+            hint = f"; the one before it is {older[-1]}" if older and _NAME.fullmatch(path.name) else ""
+            raise ValueError(f"{path} is no checkpoint of vaeops train, or is damaged{hint}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is no checkpoint of vaeops train")
     if state["format"] != FORMAT:
