@@ -394,6 +394,14 @@ def test_a_run_that_ended_before_its_first_checkpoint(tmp_path):
         run(tmp_path)
 
 
+def test_a_finished_run_without_its_log_is_resumed(tmp_path):
+    first = run(tmp_path, steps=2)
+    assert run(tmp_path, steps=2, resume=tmp_path).record == first.record
+    (tmp_path / "log.jsonl").unlink()
+    result = run(tmp_path, steps=2, resume=tmp_path)
+    assert result.record == {} and result.checkpoint == first.checkpoint
+
+
 def test_a_run_goes_on_with_the_same_trunk(tmp_path):
     """The file may be elsewhere; its weights are the same, and there is one if there was one."""
     def judged(checksum):

@@ -175,7 +175,9 @@ class _Trainer:
             self._begin(fresh)
         log = Log(self.out, self.step, self.config.tensorboard) if self.place.rank == 0 else None
         batch, stop = self.config.batch, False
-        record = read(self.out / FILE)[-1] if self.step == self.steps else {}  # nothing is left to do
+        record: dict[str, float] = {}
+        if self.step == self.steps and (self.out / FILE).exists():  # nothing is left to do
+            record = next(reversed(read(self.out / FILE)), {})
         self.clocked, self.since = self.step, time.perf_counter()
         with (
             closing(log) if log else nullcontext(),
