@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -178,12 +179,16 @@ def test_a_resumed_run_ends_with_the_same_bits_and_the_same_log(tmp_path, stop):
     assert logs[0] == logs[1]
 
 
-def test_a_run_taken_up_at_an_earlier_step_keeps_its_later_checkpoints_aside(tmp_path):
+def test_a_run_taken_up_at_an_earlier_step_keeps_its_later_checkpoints_aside(tmp_path, capsys):
     straight = run(tmp_path, checkpoint_every=2)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert "the earlier run" not in capsys.readouterr().out
     half = tmp_path / "checkpoints" / f".{checkpoint.name(7)}.4321"
     half.touch()
     resumed = run(tmp_path, resume=tmp_path / "checkpoints" / checkpoint.name(2), steps=4)
     assert not half.exists()
+    assert "steps 3 to 6 of the earlier run move to *.old" in capsys.readouterr().out
+    assert (tmp_path / "log.jsonl.old").read_text().splitlines() == lines[1:]
     assert resumed.record["step"] == 4 and checkpoint.load(tmp_path)["step"] == 4
     assert (tmp_path / "checkpoints" / f"{checkpoint.name(6)}.old").exists()
     assert_equal(case.weights(run(tmp_path, resume=tmp_path)), case.weights(straight))
@@ -428,7 +433,9 @@ def test_the_command(tmp_path, capsys):
     assert [line["step"] for line in log.read(out / "log.jsonl")] == [2, 4, 6]
     moved = copy.copy(out.rename(tmp_path / "moved"))
     assert cli.main(["train", "--resume", str(moved), "steps=8"]) == 0 and not out.exists()
+    copied = str(shutil.copy(checkpoint.resolve(moved), tmp_path / "copied.pt"))
     for arguments, message in (
+        (["--resume", copied], "copied.pt lies in no run's folder checkpoints: say where to go on by out="),
         (["--resume", str(moved), "lr=1"], "other settings: lr: 0.02 became 1.0"),
         (["vae-conv", "--resume", str(moved)], "other settings: preset: 'tiny-2d' became 'vae-conv'"),
         (["--resume", str(moved), "model.latent=3"], "other settings: model: {'hidden': [8]} became"),

@@ -26,17 +26,20 @@ def found(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
 
 
-def take_up(folder: Path, step: int) -> None:
-    """Make a folder ready for a run that goes on after `step`.
+def take_up(folder: Path, step: int) -> int:
+    """Make a folder ready for a run that goes on after `step`; the last step of what it leaves, or `step`.
 
     Checkpoints of a later step are of a past that this run leaves: they get the ending .old. What a killed
     process had half written goes.
     """
+    last = step
     for path in found(folder):
         if path.name > name(step):
             path.replace(path.with_suffix(".pt.old"))
+            last = int(_NAME.fullmatch(path.name)[1])  # type: ignore[index]
     for part in folder.glob(".step-*.pt.*"):
         part.unlink()
+    return last
 
 
 def save(path: Path, state: dict[str, Any], keep: int) -> None:

@@ -402,7 +402,9 @@ class _Trainer:
             raise FileExistsError(
                 f"out: {self.out} holds a run that ended before its first checkpoint: remove it, or give another"
             )
-        checkpoint.take_up(self.out / "checkpoints", self.step)
+        last = checkpoint.take_up(self.out / "checkpoints", self.step)
+        if (self.out / FILE).exists():
+            last = max([last, *(record["step"] for record in read(self.out / FILE))])
         settings = {"config": dataclasses.asdict(self.config), "versions": _versions()}
         with atomic(self.out / "config.json") as file:
             file.write((json.dumps(settings, indent=2) + "\n").encode())
@@ -414,6 +416,8 @@ class _Trainer:
         data_line = f"{self.dataset.name}: {len(self.dataset.x):,} x {shape}"
         print(f"{data_line}, {self.batches.steps_per_epoch:,} steps an epoch")
         print(f"steps {self.step:,} to {self.steps:,}")
+        if last > self.step:
+            print(f"steps {self.step + 1:,} to {last:,} of the earlier run move to *.old")
         print(f"{self.place.world} x {self.place.device}, ops by {served[self.config.ops]}", flush=True)
 
     @torch.no_grad()
