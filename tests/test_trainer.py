@@ -442,6 +442,7 @@ def test_the_command(tmp_path, capsys):
         (["tiny-2dd"], "tiny-2d"),
         (["tiny-2d", "--data", "point"], "points"),
         (["tiny-2d", "model.latnt=3"], "latent"),
+        (["tiny-2d", "data=digits", "--out", str(tmp_path / "c")], "those of digits are integers of 0 to 16"),
         (["tiny-2d", "bach=3"], "did you mean 'batch'"),
         (["vae-mlp", "--root", str(tmp_path)], "there is no train-images-idx3-ubyte"),
         (["--resume", str(tmp_path / "nothing")], "there is no checkpoint"),
@@ -449,6 +450,7 @@ def test_the_command(tmp_path, capsys):
     ):
         assert cli.main(["train", *arguments]) == 2
         assert message in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
     assert cli.main(["train", "tiny-2d", "--out", str(tmp_path / "b"), "steps=9", "lr=1e30"]) == 3
     assert "no checkpoint was made yet" in capsys.readouterr().err
 

@@ -45,6 +45,9 @@ def fitted(config: Config, place: Place, model: Any,
     if not _takes(model, shape):
         raise ValueError(f"data: {config.preset} takes samples of {tuple(model.input_shape)}, "
                          f"those of {dataset.name} are {shape}")  # fmt: skip
+    if not given and dataset.peak and model.input_range is None:
+        raise ValueError(f"data: {config.preset} takes values without bounds as they are, those of "
+                         f"{dataset.name} are integers of 0 to {dataset.peak}")  # fmt: skip
     if codes is not None:
         check_codes(model, codes, source, "the data set")
     if config.grid_every and len(shape) != 3:
