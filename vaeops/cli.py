@@ -143,7 +143,7 @@ def _plot(rest: Sequence[str]) -> int:
 
 def _plot_parser() -> argparse.ArgumentParser:
     """A kind's options are its keyword arguments."""
-    from .train.evaluate import positive
+    from .train.evaluate import device, positive
     from .train.pictures import HELP, KINDS
 
     parser = argparse.ArgumentParser(prog="vaeops plot", description="A picture of trained models.")
@@ -156,7 +156,7 @@ def _plot_parser() -> argparse.ArgumentParser:
         add("run", type=Path, nargs="+" if "runs" in takes else 1, metavar="RUN",
             help="a run's folder, a checkpoint, or a .safetensors model")  # fmt: skip
         add("--out", type=Path, help=f"the picture, .png, .pdf or .svg (default: {name}.png)")
-        add("--device", help="of the models (default: CUDA where there is a GPU)")
+        add("--device", type=device, help="of the models (default: CUDA where there is a GPU)")
         for option in takes.values():
             if option.kind is option.KEYWORD_ONLY:
                 kind = positive if option.annotation is int and option.name != "seed" else option.annotation

@@ -23,7 +23,7 @@ from .. import perplexity, rng
 from .._files import atomic
 from ..models.prior import decode_codes
 from ..nn import PosteriorMonitor
-from . import data as datasets, metrics
+from . import data as datasets, machine, metrics
 from .checkpoint import load_model
 from .data import DECODED, Dataset
 from .data.codes import check_codes, checksum, load_vq
@@ -258,8 +258,16 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"vaeops {command}", description=description)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, a run's folder, or a .safetensors model")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default=machine.device(None),
+                        help="of the model (default: CUDA where there is a GPU)")  # fmt: skip
     return parser
+
+
+def device(text: str) -> torch.device:
+    try:
+        return machine.device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def positive(text: str) -> int:
@@ -341,7 +349,12 @@ def read_split(name: str, split: str, model: Model, config: dict[str, Any], *, r
 
 
 def _frechet(model: Model, data: Dataset, args: argparse.Namespace) -> float:
-    extract = torch.export.load(args.extractor).module().to(args.device)
+    try:
+        extract = torch.export.load(args.extractor).module().to(args.device)
+    except OSError:
+        raise
+    except Exception as error:  # another file fails in many ways
+        raise ValueError(f"--extractor: {args.extractor} is no program of torch.export: {error}") from error
 
     @torch.no_grad()
     def moments(batches: Iterable[Tensor]) -> metrics.Moments:

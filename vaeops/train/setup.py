@@ -70,7 +70,7 @@ def _model(config: Config) -> Any:
     machine.seed_all(config.seed)
     try:
         return models.create(config.preset, ops="fused" if config.ops == "fused" else "ref", **arguments)
-    except TypeError as error:  # an argument of another type than the constructor takes
+    except (TypeError, RuntimeError) as error:  # of a type or size that the constructor does not take
         raise ValueError(f"model: {config.preset}: {error}") from error
 
 
