@@ -383,7 +383,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
 def test_a_run_is_not_resumed_to_fewer_steps_than_it_has_done(tmp_path, fewer):
     run(tmp_path)
     before = (tmp_path / "config.json").read_bytes()
-    with pytest.raises(ValueError, match=r"(steps|epochs): the checkpoint is of step 6 already, got (3|1, w)"):
+    with pytest.raises(ValueError, match=r"the checkpoint is of step 6 already, got (3|1, wh)"):
         run(tmp_path, resume=tmp_path, **fewer)
     assert (tmp_path / "config.json").read_bytes() == before
 
@@ -391,11 +391,11 @@ def test_a_run_is_not_resumed_to_fewer_steps_than_it_has_done(tmp_path, fewer):
 def test_a_run_that_ended_before_its_first_checkpoint(tmp_path):
     with pytest.raises(loop.NonFinite):
         run(tmp_path, breaks(1, "recon"))
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint in .*: its run ended before the first"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*: its run ended before the first one"):
         run(tmp_path, resume=tmp_path)
     with pytest.raises(loop.NonFinite):  # nothing was logged, and nothing is lost by running it anew
         run(tmp_path, breaks(5, "recon"))
-    with pytest.raises(FileExistsError, match="ended before its first checkpoint: remove it, or give another"):
+    with pytest.raises(FileExistsError, match="before its first checkpoint: remove it, or give another"):
         run(tmp_path)
 
 
@@ -409,13 +409,14 @@ def test_a_finished_run_without_its_log_is_resumed(tmp_path):
 
 def test_a_run_goes_on_with_the_same_trunk(tmp_path):
     """The file may be elsewhere; its weights are the same, and there is one if there was one."""
+
     def judged(checksum):
         model = case.vae()
         object.__setattr__(model, "trunk", SimpleNamespace(checksum=checksum))
         return lambda: model
 
     run(tmp_path, judged("aa"), steps=1)
-    with pytest.raises(ValueError, match="vgg: the checkpoint is of a run with other weights .* aa, got bb"):
+    with pytest.raises(ValueError, match=r"vgg: .* of a run with other weights .* aa, got bb"):
         run(tmp_path, judged("bb"), resume=tmp_path)
     run(tmp_path, judged("aa"), resume=tmp_path)
     old = {**dataclasses.asdict(case.small(tmp_path)), "vgg": "a.pth"}
@@ -435,7 +436,7 @@ def test_the_command(tmp_path, capsys):
     assert cli.main(["train", "--resume", str(moved), "steps=8"]) == 0 and not out.exists()
     copied = str(shutil.copy(checkpoint.resolve(moved), tmp_path / "copied.pt"))
     for arguments, message in (
-        (["--resume", copied], "copied.pt lies in no run's folder checkpoints: say where to go on by out="),
+        (["--resume", copied], "copied.pt lies in no run's folder checkpoints: give a folder to go on in"),
         (["--resume", str(moved), "lr=1"], "other settings: lr: 0.02 became 1.0"),
         (["vae-conv", "--resume", str(moved)], "other settings: preset: 'tiny-2d' became 'vae-conv'"),
         (["--resume", str(moved), "model.latent=3"], "other settings: model: {'hidden': [8]} became"),

@@ -77,8 +77,10 @@ def _train(rest: list[str]) -> int:
             folder = path.parent if path.parent.name else path.absolute().parent
             if folder.name == "checkpoints":  # the run may have been moved
                 base = dataclasses.replace(base, out=str(folder.parent))
-            elif not any(text.startswith("out=") for text in given):  # the run that it left may have gone on
-                raise ValueError(f"out: {path} lies in no run's folder checkpoints: say where to go on by out=")
+            elif not any(text.startswith("out=") for text in given):  # its run may have gone on
+                raise ValueError(
+                    f"out: {path} lies in no run's folder checkpoints: give a folder to go on in"
+                )
         settings = config.parse(given, base)
         loop.train(settings, args.resume)
     except (ValueError, FileNotFoundError, FileExistsError) as error:

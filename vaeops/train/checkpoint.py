@@ -66,7 +66,7 @@ def load(path: Path | str) -> dict[str, Any]:
     with path.open("rb") as file:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged or foreign file fails in many ways, with OSError if it is cut off
+        except Exception as error:  # a damaged or foreign file fails in many ways; one cut off, by OSError
             older = [other for other in found(path.parent) if other.name < path.name]
             hint = f"; the one before it is {older[-1]}" if older and _NAME.fullmatch(path.name) else ""
             raise ValueError(f"{path} is no checkpoint of vaeops train, or is damaged{hint}") from error
@@ -101,8 +101,8 @@ def resolve(path: Path | str) -> Path:
     if path.is_dir():
         checkpoints = found(path / "checkpoints") or found(path)
         if not checkpoints:
-            ended = ": its run ended before the first one, and can only be run anew" if (path / FILE).exists() else ""
-            raise FileNotFoundError(f"there is no checkpoint in {path}{ended}")
+            why = ": its run ended before the first one, begin anew" if (path / FILE).exists() else ""
+            raise FileNotFoundError(f"there is no checkpoint in {path}{why}")
         return checkpoints[-1]
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")

@@ -400,7 +400,8 @@ class _Trainer:
             )
         if fresh and (self.out / FILE).exists() and (self.out / FILE).stat().st_size:
             raise FileExistsError(
-                f"out: {self.out} holds a run that ended before its first checkpoint: remove it, or give another"
+                f"out: {self.out} holds a run that ended before its first checkpoint: remove it, "
+                "or give another"
             )
         last = checkpoint.take_up(self.out / "checkpoints", self.step)
         if (self.out / FILE).exists():

@@ -20,7 +20,8 @@ def codes(run: Path, split: str, cache: Path | None, read: Callable[..., Dataset
     """The codes of the images that a VQ-VAE was trained on, int32 [N, T], as `encode_dataset` orders them.
 
     The split is one of that training's data set, by that training's seed; labels are its labels. Every call
-    encodes anew, on the CPU, by the averaged weights where there are any. extra: "codes", K, and "source", the checksum of those weights.
+    encodes anew, on the CPU, by the averaged weights where there are any. extra: "codes", K, and "source",
+    the checksum of those weights.
 
     Args:
         run: the folder of the training, or a checkpoint of it.
@@ -72,7 +73,7 @@ def check_codes(model: Any, codes: int, source: str | None, whose: str) -> None:
     if known != codes:
         raise ValueError(f"{type(model).__name__} has {known or 'no'} codes, {whose} has {codes}")
     learned = getattr(model, "source", None)
-    if None not in (learned, source) and learned != source:
+    if learned is not None and source is not None and learned != source:
         raise ValueError(f"{type(model).__name__} learned the codes of a VQ-VAE with other weights (sha256 "
-                         f"{learned[:12]}) than {whose} has ({source[:12]}): name the checkpoint, not the run, "
-                         "if it was trained further")  # fmt: skip
+                         f"{learned[:12]}) than {whose} has ({source[:12]}): if it was trained further, give "
+                         "its checkpoint of then in place of its run")  # fmt: skip
