@@ -125,13 +125,15 @@ def test_what_does_not_fit(runs, tmp_path, capsys):
         (["eval", file["prior"], "--data", "codes", "--root", vq], "has 7 codes, the data set has 6"),
         (["sample", file["prior"], "--decoder", vq, "--out", out], "CodePrior has 7 codes, the model of"),
         (["sample", file["prior"], "--decoder", file["vae"], "--out", out], "holds no VQ-VAE but a MLPVAE"),
+        (["sample", file["prior"], "--out", out], "samples of code-prior are codes: give the --decoder"),
+        (["sample", file["vae"], "--out", out.replace("png", "jpg")], "must end in .png, got"),
         (["sample", file["vae"], "--decoder", vq, "--out", out], "MLPVAE has no codes, the model of"),
         (["sample", file["prior"], "--decoder", other, "--out", out], "codes must be [n, 4], got [64, 1]"),
     ):  # fmt: skip
         assert cli.main(command) == 2
         assert error in capsys.readouterr().err, command
     assert not (tmp_path / "run" / "log.jsonl").exists()
-    assert not (tmp_path / "s.png").exists()
+    assert not [*tmp_path.glob("s.*")]
 
 
 @pytest.fixture

@@ -231,6 +231,12 @@ def as_images(x: Tensor, input_range: tuple[float, float] | None) -> Tensor:
     return ((x - low) / (high - low)).clamp(0, 1)
 
 
+def check_decoded(x: Tensor, whose: str) -> None:
+    """What is drawn as a picture may not be codes."""
+    if not x.is_floating_point():
+        raise ValueError(f"samples of {whose} are codes: give the --decoder of them")
+
+
 def grid(images: Tensor) -> np.ndarray:
     """images [N, C, H, W] in [0, 1] -> one uint8 picture [H', W', C], row by row, white between them.
 
@@ -382,6 +388,12 @@ def sample_main(argv: Sequence[str]) -> int:
                         help="a picture of all (default: samples.png, or none with --npy alone)")  # fmt: skip
     parser.add_argument("--npy", type=Path, metavar="FILE.npy", help="an array of all, in the model's range")
     args = parser.parse_args(argv)
+    if not args.npy and not args.out:
+        args.out = Path("samples.png")
+    if args.out:
+        from . import plots
+
+        plots.check_path(args.out, ("png",))
     model, _, loaded = load_model(args.checkpoint)
     if args.decoder:
         decoder, _ = load_vq(args.decoder)
@@ -392,15 +404,15 @@ def sample_main(argv: Sequence[str]) -> int:
         input_range = decoder.input_range
     else:
         input_range = model.input_range
+    if args.out:
+        check_decoded(x, model.preset)
+        picture = grid(as_images(x, input_range))
     if args.npy:
         with atomic(args.npy) as file:
             np.save(file, x.numpy())
-    elif args.out is None:
-        args.out = Path("samples.png")
     if args.out:
         from PIL import Image
 
-        picture = grid(as_images(x, input_range))
         with atomic(args.out) as file:
             Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture).save(file, "PNG")
     files = " and ".join(str(path) for path in (args.out, args.npy) if path)

@@ -207,9 +207,10 @@ def samples(run: Run, out: Path, *, images: int = 100, seed: int = 0, decoder: s
             raise ValueError(f"decoder must be a model with a codebook, and {vq} has none")
         check_codes(run.model, vq.model.codes, checksum(vq.model), str(vq))
     x = evaluate.draw(run.model, images, seed=seed, device=run.device)
-    if not decoder and not x.is_floating_point():
-        raise ValueError(f"samples of {run} are codes: give the --decoder of them")
-    drawn = vq.images(decode_codes(vq.model, x) if decoder else x)
+    if decoder:
+        x = decode_codes(vq.model, x)
+    evaluate.check_decoded(x, str(run))
+    drawn = vq.images(x)
     plots.image_grid(out, f"Samples of {run.name}", drawn, COLUMNS)
     return {}
 
