@@ -77,6 +77,11 @@ def test_settings_are_typed_and_begin_at_the_preset():
         (["free_bits=1", "accumulate=2"], r"accumulate must be 1"),
         (["capacity_steps=3"], r"capacity_steps is without capacity"),
         (["weights.kl=1"], r"the KL's weight is beta"),
+        (["lr_every=2"], r"lr_every is of lr_schedule='step', got 2 with 'constant'"),
+        (["lr_drop=0.1", "lr_schedule=cosine"], r"lr_drop is of lr_schedule='step', got 0\.1 with 'cosine'"),
+        (["lr=1", "batch=8", "lr=2"], r"lr is given twice, as '1' and '2'"),
+        (["model.latent=1", "model.latent=1"], r"model\.latent is given twice"),
+        (["out="], r"out must not be empty"),
     ],
 )
 def test_bad_settings(settings, message):

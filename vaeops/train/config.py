@@ -68,6 +68,8 @@ class Config:
     def __post_init__(self) -> None:
         for name, hint in HINTS.items():
             value = getattr(self, name)
+            if value == "":
+                raise ValueError(f"{name} must not be empty")
             if get_origin(hint) is Literal and value not in get_args(hint):
                 raise ValueError(f"{name} must be one of {get_args(hint)}, got {value!r}")
             least = _LEAST.get(name, -math.inf)
@@ -79,6 +81,12 @@ class Config:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError(f"weight_decay is of optimizer='adamw', got it with {self.optimizer!r}")
+        if self.lr_schedule != "step":
+            for name in ("lr_every", "lr_drop"):
+                if (value := getattr(self, name)) != getattr(Config, name):
+                    raise ValueError(
+                        f"{name} is of lr_schedule='step', got {value} with {self.lr_schedule!r}"
+                    )
         if (self.beta_schedule == "constant") != (self.beta_steps == 0):
             raise ValueError(f"beta_schedule {self.beta_schedule!r} does not go with beta_steps "
                              f"{self.beta_steps}: all but 'constant' need steps")  # fmt: skip
@@ -165,6 +173,8 @@ def parse(arguments: Iterable[str], base: Config | None = None) -> Config:
         name, equals, text = argument.partition("=")
         if not equals:
             raise ValueError(f"settings are key=value, got {argument!r}")
+        if name in texts:
+            raise ValueError(f"{name} is given twice, as {texts[name]!r} and {text!r}")
         texts[name] = text
     if base is None:
         if "preset" not in texts:
