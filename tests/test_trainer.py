@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -87,6 +88,28 @@ def test_settings_are_typed_and_begin_at_the_preset():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         parse(["preset=vae-mlp", *settings])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": "3"}, r"steps must be int \| None, got '3'"),
+        ({"lr": "1e-3"}, r"lr must be float, got '1e-3'"),
+        ({"batch": 3.5}, r"batch must be int, got 3\.5"),
+        ({"batch": True}, r"batch must be int, got True"),
+        ({"tensorboard": 1}, r"tensorboard must be bool, got 1"),
+        ({"out": 3}, r"out must be str \| None, got 3"),
+        ({"model": "latent=2"}, r"model must be dict\[str, typing\.Any\], got 'latent=2'"),
+        ({"weights": {"recon": "2"}}, r"weights must be dict.*, got \{'recon': '2'\}"),
+        ({"weights": {"recon": math.nan}}, r"weights\.recon must be finite and at least 0, got nan"),
+        ({"weights": {"recon": -1}}, r"weights\.recon must be finite and at least 0, got -1"),
+        ({"seed": 10**20}, r"seed must be below 2\^63, got 1000"),
+    ],
+)
+def test_settings_of_another_type(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make("vae-mlp", **changes)
+    assert make("vae-mlp", out=Path("a") / "b").out == "a/b"
 
 
 def test_a_run_leaves_everything_behind(tmp_path, capsys):

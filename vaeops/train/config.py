@@ -6,6 +6,7 @@ config = parse(["preset=vae-mlp", "data=mnist", "lr=3e-4", "model.latent=10"])
 import ast
 import dataclasses
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import UnionType
@@ -68,10 +69,16 @@ class Config:
     def __post_init__(self) -> None:
         for name, hint in HINTS.items():
             value = getattr(self, name)
+            if isinstance(value, os.PathLike):  # as checkpoints and JSON keep it
+                object.__setattr__(self, name, value := os.fspath(value))
             if value == "":
                 raise ValueError(f"{name} must not be empty")
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise ValueError(f"{name} must be one of {get_args(hint)}, got {value!r}")
+            if get_origin(hint) is Literal:
+                if value not in get_args(hint):
+                    raise ValueError(f"{name} must be one of {get_args(hint)}, got {value!r}")
+            elif not _is(value, hint):
+                kind = hint if get_origin(hint) else hint.__name__
+                raise ValueError(f"{name} must be {kind}, got {value!r}")
             least = _LEAST.get(name, -math.inf)
             if isinstance(value, (int, float)) and not least <= value < math.inf:
                 raise ValueError(f"{name} must be finite and at least {least}, got {value}")
@@ -100,6 +107,12 @@ class Config:
             raise ValueError("capacity_steps is without capacity")
         if "kl" in self.weights:
             raise ValueError("weights.kl: the KL's weight is beta")
+        for name, weight in self.weights.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"weights.{name} must be finite and at least 0, got {weight}")
+        for name in ("seed", "split_seed"):
+            if (value := getattr(self, name)) >= 2**63:
+                raise ValueError(f"{name} must be below 2^63, got {value}")
 
 
 HINTS: dict[str, Any] = get_type_hints(Config)
@@ -204,6 +217,20 @@ def differences(old: dict[str, Any], new: Config) -> list[str]:
         kept.add("vgg")
     return [f"{name}: {plain.get(name)!r} became {came.get(name)!r}" for name in {**plain, **came}
             if name in kept and plain.get(name) != came.get(name)]  # fmt: skip
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value is of a setting's type. Integers are floats, bools are no numbers."""
+    if get_origin(hint) is UnionType:
+        return any(_is(value, kind) for kind in get_args(hint))
+    if get_origin(hint) is dict:
+        of = get_args(hint)[1]
+        return isinstance(value, dict) and all(isinstance(k, str) and _is(v, of) for k, v in value.items())
+    if hint is Any:
+        return True
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 _WORDS = {"true": True, "false": False, "none": None}
