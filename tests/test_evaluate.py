@@ -145,6 +145,8 @@ def test_draw():
     assert not torch.allclose(evaluate.draw(model, 5, seed=2), many[:5])
     with pytest.raises(ValueError, match=r"label must be .* which has no labels, got 0"):
         evaluate.draw(model, 5, label=0)
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        evaluate.draw(model, 0)
     with pytest.raises(ValueError, match="MLPAutoencoder does not sample"):
         evaluate.draw(make("ae-mlp", **SMALL, latent=4), 5)
 

@@ -198,8 +198,10 @@ def draw(model: Model, n: int, *, seed: int = 0, label: int | None = None,
         label: that all samples of a model with classes have; None: 0, 1, ... in turn.
 
     Raises:
-        ValueError: the model does not sample, or has no such label.
+        ValueError: the model does not sample, or has no such label; n is below 1.
     """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
     if not hasattr(model, "sample"):
         raise ValueError(f"{type(model).__name__} does not sample")
     if label is not None and not 0 <= label < model.classes:
