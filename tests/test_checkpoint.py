@@ -92,6 +92,18 @@ def test_what_is_no_checkpoint(tmp_path):
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize("size", [0, 100, 5000])
+def test_a_checkpoint_that_was_cut_off_is_named_and_so_is_the_one_before_it(tmp_path, size):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path / checkpoint.name(step), {**STATE, "model": torch.ones(9999)}, keep=3)
+    os.truncate(tmp_path / checkpoint.name(3), size)
+    with pytest.raises(ValueError, match=r"03\.pt .* is damaged; the one before it is .*000000002\.pt$"):
+        checkpoint.load(tmp_path)
+    os.truncate(tmp_path / checkpoint.name(1), size)
+    with pytest.raises(ValueError, match=r"01\.pt .* is damaged$"):
+        checkpoint.load(tmp_path / checkpoint.name(1))
+
+
 def test_no_code_runs_from_a_checkpoint(tmp_path):
     class Code:
         def __reduce__(self):

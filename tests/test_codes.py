@@ -1,6 +1,7 @@
 """From a VQ-VAE's run to new images by `vaeops train code-prior` and `vaeops sample`; and `--cache`."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_codes_are_those_of_the_training_s_images(runs, preset, length, codes):
         assert found.x.shape == (len(expected), length) and found.x.dtype == np.int32
         np.testing.assert_array_equal(found.x, expected)
         np.testing.assert_array_equal(found.labels, data.load("digits", split=split, seed=3).labels)
-        assert (found.extra, found.peak) == ({"codes": codes}, 0)
+        assert found.extra == {"codes": codes, "source": data.codes.checksum(model)} and found.peak == 0
     newest = checkpoint.found(runs / preset / "checkpoints")[-1]
     assert np.array_equal(data.load("codes", newest, split="test").x, found.x)
 
@@ -55,7 +56,8 @@ def test_new_images_from_the_command_line(runs, tmp_path, capsys):
     vq, prior, picture = str(runs / "vq-vae"), str(tmp_path / "prior"), tmp_path / "samples.png"
     assert cli.main(["train", "code-prior", "--root", vq, *PRIOR, "model.classes=10", "--out", prior]) == 0
     assert json.loads((tmp_path / "prior" / "config.json").read_text())["config"]["model"] == {
-        "width": 8, "layers": 1, "heads": 1, "classes": 10, "codes": 7, "length": 4}  # fmt: skip
+        "width": 8, "layers": 1, "heads": 1, "classes": 10, "codes": 7, "length": 4,
+        "source": data.codes.checksum(checkpoint.load_model(runs / "vq-vae")[0])}  # fmt: skip
     capsys.readouterr()
     assert cli.main(["eval", prior, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -70,6 +72,31 @@ def test_new_images_from_the_command_line(runs, tmp_path, capsys):
     np.testing.assert_array_equal(
         np.asarray(image.open(picture)), evaluate.grid(evaluate.as_images(expected, (-1, 1)))[..., 0]
     )
+
+
+def test_the_codes_of_other_weights_are_refused(runs, tmp_path, capsys):
+    """A VQ-VAE that is trained further gives its images other codes."""
+    vq, prior, run = str(tmp_path / "vq"), str(tmp_path / "prior"), runs / "vq-vae"
+    shutil.copytree(run, vq)
+    assert cli.main(["train", "code-prior", "--root", vq, *PRIOR, "--out", prior]) == 0
+    before = (tmp_path / "prior" / "config.json").read_bytes()
+    assert cli.main(["train", "--resume", vq, "steps=3"]) == 0
+    capsys.readouterr()
+    sample = ["sample", f"{prior}/model.safetensors", "--out", str(tmp_path / "s.png"), "--decoder"]
+    plot = ["plot", "samples", prior, "--out", str(tmp_path / "p.png"), "--decoder"]
+    for command in (["train", "--resume", prior, "steps=3"], ["eval", prior], [*sample, vq], [*plot, vq]):
+        assert cli.main(command) == 2, command
+        assert "learned the codes of a VQ-VAE with other weights" in capsys.readouterr().err
+    assert (tmp_path / "prior" / "config.json").read_bytes() == before
+    assert cli.main([*sample, str(run)]) == 0
+    assert cli.main(["eval", prior, "--root", str(run)]) == 0
+    # A prior of before the checksum was kept learns on, and keeps it from then on.
+    path = checkpoint.resolve(prior)
+    state = checkpoint.load(path)
+    del state["config"]["model"]["source"]
+    checkpoint.save(path, state, keep=3)
+    assert cli.main(["train", "--resume", prior, "--root", str(run), "steps=3"]) == 0
+    assert "source" in checkpoint.load(prior)["config"]["model"]
 
 
 def test_what_does_not_fit(runs, tmp_path, capsys):
@@ -98,13 +125,15 @@ def test_what_does_not_fit(runs, tmp_path, capsys):
         (["eval", file["prior"], "--data", "codes", "--root", vq], "has 7 codes, the data set has 6"),
         (["sample", file["prior"], "--decoder", vq, "--out", out], "CodePrior has 7 codes, the model of"),
         (["sample", file["prior"], "--decoder", file["vae"], "--out", out], "holds no VQ-VAE but a MLPVAE"),
+        (["sample", file["prior"], "--out", out], "samples of code-prior are codes: give the --decoder"),
+        (["sample", file["vae"], "--out", out.replace("png", "jpg")], "must end in .png, got"),
         (["sample", file["vae"], "--decoder", vq, "--out", out], "MLPVAE has no codes, the model of"),
         (["sample", file["prior"], "--decoder", other, "--out", out], "codes must be [n, 4], got [64, 1]"),
     ):  # fmt: skip
         assert cli.main(command) == 2
         assert error in capsys.readouterr().err, command
     assert not (tmp_path / "run" / "log.jsonl").exists()
-    assert not (tmp_path / "s.png").exists()
+    assert not [*tmp_path.glob("s.*")]
 
 
 @pytest.fixture

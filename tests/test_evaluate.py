@@ -145,6 +145,8 @@ def test_draw():
     assert not torch.allclose(evaluate.draw(model, 5, seed=2), many[:5])
     with pytest.raises(ValueError, match=r"label must be .* which has no labels, got 0"):
         evaluate.draw(model, 5, label=0)
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        evaluate.draw(model, 0)
     with pytest.raises(ValueError, match="MLPAutoencoder does not sample"):
         evaluate.draw(make("ae-mlp", **SMALL, latent=4), 5)
 
@@ -294,6 +296,30 @@ def test_a_recommender_beats_popularity(tmp_path, capsys):
     for name in ("recall@20", "recall@50", "ndcg@100"):
         assert result[name] > 1.2 * result[f"popularity_{name}"], name
     assert "mse" not in result
+
+
+@pytest.mark.parametrize(("name", "error"), [
+    ("foo", "torch knows no 'foo'"), ("meta", "torch keeps no tensors on 'meta' here"),
+    ("xla", "torch keeps no tensors on 'xla' here"), ("cuda:99", "torch finds "),
+])  # fmt: skip
+def test_a_device_that_is_not_there(name, error, tmp_path, capsys):
+    for command in (["eval"], ["sample"], ["plot", "samples"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*command, str(tmp_path), "--device", name])
+        assert stop.value.code == 2 and f"device: {error}" in capsys.readouterr().err
+    assert cli.main(["train", "tiny-2d", f"device={name}", "--out", str(tmp_path / "run")]) == 2
+    assert f"device: {error}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_extractor_that_is_none(tmp_path, capsys):
+    (tmp_path / "hi.txt").write_text("hi")
+    models.save(models.create("vae-mlp", in_dim=64, hidden=(4,), latent=2), tmp_path / "m.safetensors")
+    command = ["eval", str(tmp_path / "m.safetensors"), "--data", "digits", "--extractor"]
+    assert cli.main([*command, str(tmp_path / "hi.txt")]) == 2
+    assert "hi.txt is no program of torch.export" in capsys.readouterr().err
+    assert cli.main([*command, str(tmp_path / "none.pt2")]) == 2
+    assert "none.pt2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["eval", "sample"])

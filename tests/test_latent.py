@@ -196,6 +196,8 @@ def test_principal_components():
     values = torch.linalg.eigvalsh(torch.cov(z.T.double())).flip(0)
     torch.testing.assert_close(found.share.double(), values[:2] / values.sum(), rtol=1e-5, atol=0)
     torch.testing.assert_close(found.points.var(0).double(), values[:2], rtol=1e-4, atol=0)
+    equal = latent.pca(torch.full((5, 3), 0.1), 2)
+    assert equal.share.tolist() == [0, 0] and not equal.points.any()
 
 
 def test_neighbours_stay_neighbours_in_t_sne():

@@ -1,5 +1,7 @@
 """The reference models: sizes, shapes, noise by row, and the same training on fused and on reference ops."""
 
+import math
+
 import pytest
 import torch
 from budget import assert_within_budget
@@ -307,6 +309,9 @@ def test_running_blocks_again_in_backward_changes_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+LATENT = ("vae-mlp", "vae-conv", "workshop-vae", "celeba-vae", "ae-mlp", "ae-conv", "mult-vae")
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
@@ -321,6 +326,33 @@ def test_running_blocks_again_in_backward_changes_no_bit():
         ("ae-denoise", {"dropout": 1.0}, r"dropout in \[0, 1\)"),
         ("celeba-vae", {"side": 20}, "side must be a multiple of 8, got 20"),
         ("celeba-vae-xl", {"widths": (24, 32)}, "widths must be multiples of 16"),
+        *((name, {"latent": 0}, "latent must be an integer of at least 1, got 0") for name in LATENT),
+        ("vae-mlp", {"latent": 2.0}, r"MLPVAE: latent must be an integer of at least 1, got 2\.0"),
+        ("vae-mlp", {"in_dim": 0}, "in_dim must be"),
+        ("vae-mlp", {"hidden": 5}, "hidden must be a sequence of positive integers, got 5"),
+        ("vae-mlp", {"hidden": "no"}, "hidden must be a sequence"),
+        ("vae-mlp", {"classes": -1}, "classes must be an integer of at least 0, got -1"),
+        ("vae-mlp", {"beta": -1.0}, r"beta must be finite and at least 0, got -1\.0"),
+        ("vae-mlp", {"beta": math.nan}, "beta must be finite"),
+        ("vae-conv", {"widths": ()}, "widths must be a sequence of at least one positive integer"),
+        ("vae-conv", {"channels": 0}, "channels must be"),
+        ("vae-conv-small", {"hidden": 0}, "hidden must be"),
+        ("celeba-vae", {"width": 0}, "width must be"),
+        ("celeba-vae", {"perceptual": "much"}, "perceptual must be finite"),
+        ("celeba-vae-xl", {"widths": (16, 0)}, "widths must be"),
+        ("ae-mlp", {"hidden": (0,)}, "MLPAutoencoder: hidden must be"),
+        ("ae-conv", {"side": 0}, "side must be"),
+        ("ae-sparse", {"sparsity": -1}, "sparsity must be"),
+        ("workshop-vq", {"codes": 0}, "MLPVQVAE: codes must be"),
+        ("vq-vae", {"codes": 0}, "VQVAE: codes must be"),
+        ("vq-vae", {"side": (8,)}, "side must hold positive multiples of 4"),
+        ("vq-vae-2", {"hidden": 1}, "hidden must be an integer of at least 2"),
+        ("vq-vae-2", {"blocks": -1}, "blocks must be"),
+        ("code-prior", {"length": 0}, "CodePrior: length must be"),
+        ("code-prior", {"heads": 0}, "heads must be"),
+        ("mult-vae", {"items": 0}, "items must be"),
+        ("mult-vae", {"hidden": 5}, "hidden must be"),
+        ("ddpm-tiny", {"channels": 0}, "channels must be"),
     ],
 )
 def test_refuses_bad_options(name, overrides, message):

@@ -125,7 +125,7 @@ def test_bad_input():
         small().terms(torch.zeros(2, 1, 8, 4))
     for options, message in (
         ({"side": 10}, "side must be a positive multiple of 4, got 10"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"width": 12}, "width must be a positive multiple of 8, got 12"),
         ({"schedule": "sigmoid"}, r"schedule must be one of .* got 'sigmoid'"),
         ({"ops": "eager"}, r"ops must be one of .* got 'eager'"),

@@ -1,12 +1,16 @@
 """The trainer: settings, objectives, what a run leaves behind, how it stops, and that it does not wait."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +26,7 @@ from vaeops import cli, objectives, rng  # noqa: E402
 from vaeops.models import MLPVAE, Terms  # noqa: E402
 from vaeops.nn import vgg_weights  # noqa: E402
 from vaeops.train import checkpoint, log, loop  # noqa: E402
-from vaeops.train.config import MAY_CHANGE, Config, make, parse  # noqa: E402
+from vaeops.train.config import MAY_CHANGE, Config, differences, make, parse  # noqa: E402
 
 
 def run(out, model=case.vae, data=None, resume=None, **changes):
@@ -74,11 +78,38 @@ def test_settings_are_typed_and_begin_at_the_preset():
         (["free_bits=1", "accumulate=2"], r"accumulate must be 1"),
         (["capacity_steps=3"], r"capacity_steps is without capacity"),
         (["weights.kl=1"], r"the KL's weight is beta"),
+        (["lr_every=2"], r"lr_every is of lr_schedule='step', got 2 with 'constant'"),
+        (["lr_drop=0.1", "lr_schedule=cosine"], r"lr_drop is of lr_schedule='step', got 0\.1 with 'cosine'"),
+        (["lr=1", "batch=8", "lr=2"], r"lr is given twice, as '1' and '2'"),
+        (["model.latent=1", "model.latent=1"], r"model\.latent is given twice"),
+        (["out="], r"out must not be empty"),
     ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         parse(["preset=vae-mlp", *settings])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": "3"}, r"steps must be int \| None, got '3'"),
+        ({"lr": "1e-3"}, r"lr must be float, got '1e-3'"),
+        ({"batch": 3.5}, r"batch must be int, got 3\.5"),
+        ({"batch": True}, r"batch must be int, got True"),
+        ({"tensorboard": 1}, r"tensorboard must be bool, got 1"),
+        ({"out": 3}, r"out must be str \| None, got 3"),
+        ({"model": "latent=2"}, r"model must be dict\[str, typing\.Any\], got 'latent=2'"),
+        ({"weights": {"recon": "2"}}, r"weights must be dict.*, got \{'recon': '2'\}"),
+        ({"weights": {"recon": math.nan}}, r"weights\.recon must be finite and at least 0, got nan"),
+        ({"weights": {"recon": -1}}, r"weights\.recon must be finite and at least 0, got -1"),
+        ({"seed": 10**20}, r"seed must be below 2\^63, got 1000"),
+    ],
+)
+def test_settings_of_another_type(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make("vae-mlp", **changes)
+    assert make("vae-mlp", out=Path("a") / "b").out == "a/b"
 
 
 def test_a_run_leaves_everything_behind(tmp_path, capsys):
@@ -176,12 +207,16 @@ def test_a_resumed_run_ends_with_the_same_bits_and_the_same_log(tmp_path, stop):
     assert logs[0] == logs[1]
 
 
-def test_a_run_taken_up_at_an_earlier_step_keeps_its_later_checkpoints_aside(tmp_path):
+def test_a_run_taken_up_at_an_earlier_step_keeps_its_later_checkpoints_aside(tmp_path, capsys):
     straight = run(tmp_path, checkpoint_every=2)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert "the earlier run" not in capsys.readouterr().out
     half = tmp_path / "checkpoints" / f".{checkpoint.name(7)}.4321"
     half.touch()
     resumed = run(tmp_path, resume=tmp_path / "checkpoints" / checkpoint.name(2), steps=4)
     assert not half.exists()
+    assert "steps 3 to 6 of the earlier run move to *.old" in capsys.readouterr().out
+    assert (tmp_path / "log.jsonl.old").read_text().splitlines() == lines[1:]
     assert resumed.record["step"] == 4 and checkpoint.load(tmp_path)["step"] == 4
     assert (tmp_path / "checkpoints" / f"{checkpoint.name(6)}.old").exists()
     assert_equal(case.weights(run(tmp_path, resume=tmp_path)), case.weights(straight))
@@ -372,6 +407,51 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
     assert set(MAY_CHANGE) < set(Config.__dataclass_fields__)
 
 
+@pytest.mark.parametrize("fewer", [{"steps": 3}, {"steps": None, "epochs": 1}])
+def test_a_run_is_not_resumed_to_fewer_steps_than_it_has_done(tmp_path, fewer):
+    run(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"the checkpoint is of step 6 already, got (3|1, wh)"):
+        run(tmp_path, resume=tmp_path, **fewer)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_run_that_ended_before_its_first_checkpoint(tmp_path):
+    with pytest.raises(loop.NonFinite):
+        run(tmp_path, breaks(1, "recon"))
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*: its run ended before the first one"):
+        run(tmp_path, resume=tmp_path)
+    with pytest.raises(loop.NonFinite):  # nothing was logged, and nothing is lost by running it anew
+        run(tmp_path, breaks(5, "recon"))
+    with pytest.raises(FileExistsError, match="before its first checkpoint: remove it, or give another"):
+        run(tmp_path)
+
+
+def test_a_finished_run_without_its_log_is_resumed(tmp_path):
+    first = run(tmp_path, steps=2)
+    assert run(tmp_path, steps=2, resume=tmp_path).record == first.record
+    (tmp_path / "log.jsonl").unlink()
+    result = run(tmp_path, steps=2, resume=tmp_path)
+    assert result.record == {} and result.checkpoint == first.checkpoint
+
+
+def test_a_run_goes_on_with_the_same_trunk(tmp_path):
+    """The file may be elsewhere; its weights are the same, and there is one if there was one."""
+
+    def judged(checksum):
+        model = case.vae()
+        object.__setattr__(model, "trunk", SimpleNamespace(checksum=checksum))
+        return lambda: model
+
+    run(tmp_path, judged("aa"), steps=1)
+    with pytest.raises(ValueError, match=r"vgg: .* of a run with other weights .* aa, got bb"):
+        run(tmp_path, judged("bb"), resume=tmp_path)
+    run(tmp_path, judged("aa"), resume=tmp_path)
+    old = {**dataclasses.asdict(case.small(tmp_path)), "vgg": "a.pth"}
+    assert differences(old, case.small(tmp_path)) == ["vgg: 'a.pth' became None"]
+    assert not differences(old, dataclasses.replace(case.small(tmp_path), vgg="b.pth"))
+
+
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "run"
     command = ["train", "tiny-2d", "--out", str(out), "steps=4", "log_every=2", "model.hidden=(8,)"]
@@ -382,13 +462,16 @@ def test_the_command(tmp_path, capsys):
     assert [line["step"] for line in log.read(out / "log.jsonl")] == [2, 4, 6]
     moved = copy.copy(out.rename(tmp_path / "moved"))
     assert cli.main(["train", "--resume", str(moved), "steps=8"]) == 0 and not out.exists()
+    copied = str(shutil.copy(checkpoint.resolve(moved), tmp_path / "copied.pt"))
     for arguments, message in (
+        (["--resume", copied], "copied.pt lies in no run's folder checkpoints: give a folder to go on in"),
         (["--resume", str(moved), "lr=1"], "other settings: lr: 0.02 became 1.0"),
         (["vae-conv", "--resume", str(moved)], "other settings: preset: 'tiny-2d' became 'vae-conv'"),
         (["--resume", str(moved), "model.latent=3"], "other settings: model: {'hidden': [8]} became"),
         (["tiny-2dd"], "tiny-2d"),
         (["tiny-2d", "--data", "point"], "points"),
         (["tiny-2d", "model.latnt=3"], "latent"),
+        (["tiny-2d", "data=digits", "--out", str(tmp_path / "c")], "those of digits are integers of 0 to 16"),
         (["tiny-2d", "bach=3"], "did you mean 'batch'"),
         (["vae-mlp", "--root", str(tmp_path)], "there is no train-images-idx3-ubyte"),
         (["--resume", str(tmp_path / "nothing")], "there is no checkpoint"),
@@ -396,6 +479,7 @@ def test_the_command(tmp_path, capsys):
     ):
         assert cli.main(["train", *arguments]) == 2
         assert message in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
     assert cli.main(["train", "tiny-2d", "--out", str(tmp_path / "b"), "steps=9", "lr=1e30"]) == 3
     assert "no checkpoint was made yet" in capsys.readouterr().err
 

@@ -78,9 +78,14 @@ def _train(rest: list[str]) -> int:
         base = None
         if args.resume is not None:
             base = config.Config(**checkpoint.load(args.resume)["config"])
-            folder = checkpoint.resolve(args.resume).parent
+            path = checkpoint.resolve(args.resume)
+            folder = path.parent if path.parent.name else path.absolute().parent
             if folder.name == "checkpoints":  # the run may have been moved
                 base = dataclasses.replace(base, out=str(folder.parent))
+            elif not any(text.startswith("out=") for text in given):  # its run may have gone on
+                raise ValueError(
+                    f"out: {path} lies in no run's folder checkpoints: give a folder to go on in"
+                )
         settings = config.parse(given, base)
         loop.train(settings, args.resume)
     except (ValueError, FileNotFoundError, FileExistsError) as error:
@@ -164,7 +169,7 @@ def _plot(rest: Sequence[str]) -> int:
 
 def _plot_parser() -> argparse.ArgumentParser:
     """A kind's options are its keyword arguments."""
-    from .train.evaluate import positive
+    from .train.evaluate import device, positive
     from .train.pictures import HELP, KINDS
 
     parser = argparse.ArgumentParser(prog="vaeops plot", description="A picture of trained models.")
@@ -177,7 +182,7 @@ def _plot_parser() -> argparse.ArgumentParser:
         add("run", type=Path, nargs="+" if "runs" in takes else 1, metavar="RUN",
             help="a run's folder, a checkpoint, or a .safetensors model")  # fmt: skip
         add("--out", type=Path, help=f"the picture, .png, .pdf or .svg (default: {name}.png)")
-        add("--device", help="of the models (default: CUDA where there is a GPU)")
+        add("--device", type=device, help="of the models (default: CUDA where there is a GPU)")
         for option in takes.values():
             if option.kind is option.KEYWORD_ONLY:
                 kind = positive if option.annotation is int and option.name != "seed" else option.annotation

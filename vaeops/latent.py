@@ -259,7 +259,7 @@ def pca(z: Tensor, dims: int = 2) -> Projection:
         dims: at most N and D.
 
     Returns:
-        Projection(points fp32 [N, dims], share fp32 [dims]) on the CPU.
+        Projection(points fp32 [N, dims], share fp32 [dims]) on the CPU. share is 0 where all codes are equal.
     """
     _check_codes("pca", z)
     if not 1 <= dims <= min(z.shape):
@@ -267,8 +267,11 @@ def pca(z: Tensor, dims: int = 2) -> Projection:
     _check_sklearn("pca")
     from sklearn.decomposition import PCA
 
+    codes = _array("pca", z)
+    if (codes == codes[0]).all():  # no variance to take a share of
+        return Projection(torch.zeros(len(z), dims), torch.zeros(dims))
     found = PCA(dims, random_state=0)
-    points = found.fit_transform(_array("pca", z))
+    points = found.fit_transform(codes)
     return Projection(*(torch.from_numpy(part).float() for part in (points, found.explained_variance_ratio_)))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import rng
 from ..ops.recon import recon_loss
 from .conv import mirrored
-from .protocol import Terms, check_x, impl_of, row_seeds
+from .protocol import Terms, check_sizes, check_weights, check_widths, check_x, impl_of, row_seeds
 from .vae import he_init_, mlp
 
 
@@ -32,6 +32,8 @@ class Autoencoder(nn.Module):
 
     def __init__(self, input_shape: Sequence[int], latent: int, *, ops: str = "fused") -> None:
         super().__init__()
+        check_widths(self, 1, input_shape=input_shape)
+        check_sizes(self, latent=latent)
         self.impl = impl_of(ops)
         self.input_shape, self.latent_dim = tuple(input_shape), latent
         self.weights = {"recon": 1.0}
@@ -85,6 +87,8 @@ class MLPAutoencoder(Autoencoder):
 
     def __init__(self, in_dim: int, hidden: Sequence[int], latent: int, *, sigmoid: bool = True,
                  init: str = "torch", ops: str = "fused") -> None:  # fmt: skip
+        check_sizes(self, in_dim=in_dim)
+        check_widths(self, hidden=hidden)
         super().__init__((in_dim,), latent, ops=ops)
         if init not in ("torch", "he"):
             raise ValueError(f"{type(self).__name__}: init must be 'torch' or 'he', got {init!r}")
@@ -108,6 +112,8 @@ class ConvAutoencoder(Autoencoder):
 
     def __init__(self, latent: int = 64, *, widths: Sequence[int] = (32, 64), channels: int = 1,
                  side: int = 28, ops: str = "fused") -> None:  # fmt: skip
+        check_sizes(self, channels=channels, side=side)
+        check_widths(self, 1, widths=widths)
         super().__init__((channels, side, side), latent, ops=ops)
         down, up, shape = mirrored(channels, side, widths, lambda c: [nn.BatchNorm2d(c), nn.ReLU()])
         flat = shape.numel()
@@ -179,6 +185,7 @@ class SparseAutoencoder(MLPAutoencoder):
     def __init__(self, in_dim: int, hidden: Sequence[int], latent: int, *, sparsity: float = 1e-3,
                  ops: str = "fused") -> None:  # fmt: skip
         super().__init__(in_dim, hidden, latent, ops=ops)
+        check_weights(self, sparsity=sparsity)
         self.encoder.append(nn.ReLU())
         self.weights["sparsity"] = sparsity
 

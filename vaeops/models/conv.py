@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..nn import VGGTrunk
 from ..ops.perceptual import perceptual_loss
+from .protocol import check_sizes, check_weights, check_widths
 from .vae import VAE, VAEOutput, he_init_
 
 
@@ -40,6 +41,8 @@ class ConvVAE(VAE):
 
     def __init__(self, latent: int = 32, *, widths: Sequence[int] = (32, 64, 128), channels: int = 1,
                  side: int = 28, beta: float = 1.0, ops: str = "fused") -> None:  # fmt: skip
+        check_sizes(self, channels=channels, side=side)
+        check_widths(self, 1, widths=widths)
         super().__init__((channels, side, side), latent, beta=beta, ops=ops)
         down, up, shape = mirrored(channels, side, widths, lambda c: [nn.BatchNorm2d(c), nn.LeakyReLU(0.2)])
         flat = shape.numel()
@@ -61,6 +64,8 @@ class ConvVAESmall(VAE):
     def __init__(self, latent: int = 20, *, widths: Sequence[int] = (32, 64), hidden: int = 256,
                  channels: int = 1, side: int = 28, beta: float = 1.0,
                  ops: str = "fused") -> None:  # fmt: skip
+        check_sizes(self, channels=channels, side=side, hidden=hidden)
+        check_widths(self, 1, widths=widths)
         super().__init__((channels, side, side), latent, beta=beta, ops=ops)
         down, up, shape = mirrored(channels, side, widths, lambda c: [nn.ReLU()])
         flat = shape.numel()
@@ -87,6 +92,8 @@ class FaceVAE(VAE):
 
     def __init__(self, latent: int, side: int, *, beta: float = 1.0, trunk: VGGTrunk | None = None,
                  perceptual: float = 0.01, ops: str = "fused") -> None:  # fmt: skip
+        check_sizes(self, side=side)
+        check_weights(self, perceptual=perceptual)
         super().__init__((3, side, side), latent, input_range=(-1.0, 1.0), recon="l1", beta=beta, ops=ops)
         if trunk is not None and trunk.input_range != self.input_range:
             raise ValueError(
@@ -128,6 +135,7 @@ class CelebAVAE(FaceVAE):
                  ops: str = "fused") -> None:  # fmt: skip
         super().__init__(latent, side, beta=beta, trunk=trunk, perceptual=perceptual, ops=ops)
         _check_side(self, side, self.DEPTH)
+        check_sizes(self, width=width)
         down = [_block(3, width), _block(width, width)]
         for _ in range(self.DEPTH):
             down += [_block(width, 2 * width, stride=2), _block(2 * width, 2 * width)]
@@ -171,6 +179,7 @@ class CelebAVAEXL(FaceVAE):
                  beta: float = 1.0, trunk: VGGTrunk | None = None, perceptual: float = 0.01,
                  ops: str = "fused") -> None:  # fmt: skip
         super().__init__(latent, side, beta=beta, trunk=trunk, perceptual=perceptual, ops=ops)
+        check_widths(self, 1, widths=widths)
         if any(width % GROUP for width in widths):
             raise ValueError(f"CelebAVAEXL: widths must be multiples of {GROUP}, got {list(widths)}")
         depth = len(widths) - 1

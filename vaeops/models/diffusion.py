@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import rng
 from ..ops.recon import recon_loss
-from .protocol import Terms, check_x, impl_of, row_seeds
+from .protocol import Terms, check_sizes, check_x, impl_of, row_seeds
 
 SCHEDULES = ("cosine", "linear")
 
@@ -42,6 +42,7 @@ class TinyDDPM(nn.Module):
     def __init__(self, channels: int = 1, side: int = 28, steps: int = 50, *, width: int = 32,
                  schedule: str = "cosine", ops: str = "fused") -> None:  # fmt: skip
         super().__init__()
+        check_sizes(self, channels=channels, side=side, steps=steps, width=width)
         if side < 4 or side % 4:
             raise ValueError(f"TinyDDPM: side must be a positive multiple of 4, got {side}")
         self.impl = impl_of(ops)

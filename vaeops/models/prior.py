@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import rng
-from .protocol import Terms, check_label, check_x, impl_of
+from .protocol import Terms, check_label, check_sizes, check_x, impl_of
 from .vq import MLPVQVAE, VQVAE, VQVAE2
 
 _SMALLEST = 2.0**-26  # of an exponential draw, as in `vaeops.vq_sample`
@@ -32,6 +32,8 @@ class CodePrior(nn.Module):
         length: T.
         width, layers, heads: of the transformer; heads must divide width.
         classes: labels of a conditional prior, or 0.
+        source: checksum of the VQ-VAE whose codes these are, as the data set `codes` has it. The trainer sets
+            it, and then refuses the codes of other weights, which mean something else.
         ops: "fused" | "ref": who draws the noise of `sample`, the same bits either way.
 
     Source: the prior of van den Oord et al., 2017, with the network of Radford et al., "Language Models are
@@ -41,12 +43,16 @@ class CodePrior(nn.Module):
     input_range = None
 
     def __init__(self, codes: int = 512, length: int = 49, *, width: int = 128, layers: int = 4,
-                 heads: int = 4, classes: int = 0, ops: str = "fused") -> None:  # fmt: skip
+                 heads: int = 4, classes: int = 0, source: str | None = None,
+                 ops: str = "fused") -> None:  # fmt: skip
         super().__init__()
+        check_sizes(self, codes=codes, length=length, width=width, layers=layers, heads=heads)
+        check_sizes(self, 0, classes=classes)
         if width % heads:
             raise ValueError(f"CodePrior: width {width} must be a multiple of heads, got {heads}")
         self.impl = impl_of(ops)
         self.codes, self.input_shape, self.classes = codes, (length,), classes
+        self.source = source
         self.weights = {"nll": 1.0}
         self.start = nn.Embedding(max(classes, 1), width)
         self.embed = nn.Embedding(codes, width)

@@ -1,5 +1,8 @@
 """What the reference models have in common: the terms they return, their noise, the checks of their input."""
 
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +44,31 @@ def check_x(model: Any, x: Tensor) -> None:
     if tuple(x.shape[1:]) != model.input_shape:
         wanted = ", ".join(map(str, model.input_shape))
         raise ValueError(f"{type(model).__name__}: x must be [B, {wanted}], got {list(x.shape)}")
+
+
+def check_sizes(model: Any, least: int = 1, **sizes: Any) -> None:
+    """Each must be an integer of at least `least`."""
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or int(size) < least:
+            raise ValueError(
+                f"{type(model).__name__}: {name} must be an integer of at least {least}, got {size!r}"
+            )
+
+
+def check_widths(model: Any, least: int = 0, **widths: Any) -> None:
+    """Each must be a sequence, of `least` or more positive integers."""
+    for name, given in widths.items():
+        right = isinstance(given, Sequence) and len(given) >= least
+        if not right or not all(isinstance(width, Integral) and int(width) > 0 for width in given):
+            some = "at least one positive integer" if least else "positive integers"
+            raise ValueError(f"{type(model).__name__}: {name} must be a sequence of {some}, got {given!r}")
+
+
+def check_weights(model: Any, **weights: Any) -> None:
+    """The weight of a loss must be a number of at least 0."""
+    for name, weight in weights.items():
+        if not isinstance(weight, Real) or not 0 <= float(weight) < math.inf:
+            raise ValueError(f"{type(model).__name__}: {name} must be finite and at least 0, got {weight!r}")
 
 
 def check_label(model: Any, label: Tensor | None, n: int) -> None:

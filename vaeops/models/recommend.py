@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import rng
 from ..nn import GaussianLatent
 from ..ops.recon import recon_loss
-from .protocol import Terms, check_x, impl_of, row_seeds
+from .protocol import Terms, check_sizes, check_weights, check_widths, check_x, impl_of, row_seeds
 
 
 class MultVAEOutput(NamedTuple):
@@ -50,6 +50,9 @@ class MultVAE(nn.Module):
     def __init__(self, items: int, hidden: Sequence[int] = (600,), latent: int = 200, *, dropout: float = 0.5,
                  beta: float = 0.2, ops: str = "fused") -> None:  # fmt: skip
         super().__init__()
+        check_sizes(self, items=items, latent=latent)
+        check_widths(self, hidden=hidden)
+        check_weights(self, beta=beta)
         if not 0 <= dropout < 1:
             raise ValueError(f"MultVAE: dropout must be in [0, 1), got {dropout}")
         self.impl = impl_of(ops)

@@ -13,7 +13,16 @@ from .. import rng
 from ..nn import GaussianLatent
 from ..ops.gaussian import gaussian_log_prob, reparameterize
 from ..ops.recon import recon_loss
-from .protocol import Terms, check_label, check_x, impl_of, row_seeds
+from .protocol import (
+    Terms,
+    check_label,
+    check_sizes,
+    check_weights,
+    check_widths,
+    check_x,
+    impl_of,
+    row_seeds,
+)
 
 # The density whose negative logarithm a reconstruction loss is, up to a constant: (kind, scale).
 LIKELIHOODS: dict[str, tuple[str, float | None]] = {
@@ -61,6 +70,10 @@ class VAE(nn.Module):
                  reduction: str = "batchmean", beta: float = 1.0, classes: int = 0,
                  ops: str = "fused") -> None:  # fmt: skip
         super().__init__()
+        check_widths(self, 1, input_shape=input_shape)
+        check_sizes(self, latent=latent)
+        check_sizes(self, 0, classes=classes)
+        check_weights(self, beta=beta)
         name = type(self).__name__
         if recon not in LIKELIHOODS:
             raise ValueError(f"{name}: recon must be one of {tuple(LIKELIHOODS)}, got {recon!r}")
@@ -176,6 +189,8 @@ class MLPVAE(VAE):
                  input_range: tuple[float, float] | None = (0.0, 1.0), recon: str = "bce_logits",
                  reduction: str = "batchmean", beta: float = 1.0, classes: int = 0,
                  ops: str = "fused") -> None:  # fmt: skip
+        check_sizes(self, in_dim=in_dim)
+        check_widths(self, hidden=hidden)
         input_range = None if input_range is None else (float(input_range[0]), float(input_range[1]))
         if input_range not in (None, (0.0, 1.0)):
             raise ValueError(f"MLPVAE: input_range must be (0.0, 1.0) or None, got {input_range}")
@@ -205,6 +220,7 @@ class WorkshopVAE(VAE):
 
     def __init__(self, latent: int = 20, *, noise: str = "normal", in_dim: int = 784,
                  ops: str = "fused") -> None:  # fmt: skip
+        check_sizes(self, in_dim=in_dim)
         super().__init__((in_dim,), latent, recon="mse", ops=ops)
         if noise not in NOISE:
             raise ValueError(f"WorkshopVAE: noise must be one of {NOISE}, got {noise!r}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..nn import VectorQuantize
 from ..ops.recon import recon_loss
 from ..ops.vq import VQOutput, perplexity, usage, vector_quantize, vq_assign, vq_lookup
-from .protocol import Terms, check_x, impl_of
+from .protocol import Terms, check_sizes, check_widths, check_x, impl_of
 from .vae import mlp
 
 
@@ -44,6 +44,11 @@ class _Quantized(nn.Module):
     grids: tuple[tuple[int, ...], ...]
     codes: int
     impl: str | None
+
+    def _check(self, channels: int, hidden: int, inner: int, blocks: int, dim: int, codes: int) -> None:
+        check_sizes(self, channels=channels, inner=inner, dim=dim, codes=codes)
+        check_sizes(self, 2, hidden=hidden)
+        check_sizes(self, 0, blocks=blocks)
 
     def terms(self, x: Tensor, label: Tensor | None = None, *, seed: Tensor | None = None,
               row: int = 0) -> Terms:  # fmt: skip
@@ -85,6 +90,8 @@ class MLPVQVAE(_Quantized):
         self, in_dim: int, hidden: Sequence[int], dim: int, codes: int, *, ops: str = "fused"
     ) -> None:
         super().__init__()
+        check_sizes(self, in_dim=in_dim, dim=dim, codes=codes)
+        check_widths(self, hidden=hidden)
         self.impl = impl_of(ops)
         self.input_shape, self.grids, self.codes = (in_dim,), ((),), codes
         self.weights = {"recon": 1.0, "codebook": 1.0, "commit": 1.0}
@@ -145,6 +152,7 @@ class VQVAE(_Quantized):
                  inner: int = 32, blocks: int = 2, dim: int = 64, codes: int = 512, decay: float = 0.99,
                  ops: str = "fused") -> None:  # fmt: skip
         super().__init__()
+        self._check(channels, hidden, inner, blocks, dim, codes)
         self.impl = impl_of(ops)
         height, width = _sides("VQVAE", side, 4)
         self.input_shape, self.codes = (channels, height, width), codes
@@ -199,6 +207,7 @@ class VQVAE2(_Quantized):
                  inner: int = 64, blocks: int = 2, dim: int = 64, codes: int = 512, decay: float = 0.99,
                  ops: str = "fused") -> None:  # fmt: skip
         super().__init__()
+        self._check(channels, hidden, inner, blocks, dim, codes)
         self.impl = impl_of(ops)
         height, width = _sides("VQVAE2", side, 8)
         self.input_shape, self.codes = (channels, height, width), codes
@@ -287,7 +296,7 @@ def _codebook(dim: int, codes: int, decay: float, impl: str | None) -> VectorQua
 
 
 def _sides(model: str, side: int | Sequence[int], factor: int) -> tuple[int, int]:
-    height, width = (side, side) if isinstance(side, int) else side
-    if height < factor or width < factor or height % factor or width % factor:
+    sides = tuple(side) if isinstance(side, Sequence) else (side, side)
+    if len(sides) != 2 or not all(isinstance(s, int) and s >= factor and s % factor == 0 for s in sides):
         raise ValueError(f"{model}: side must hold positive multiples of {factor}, got {side!r}")
-    return height, width
+    return sides[0], sides[1]

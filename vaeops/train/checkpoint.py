@@ -11,6 +11,7 @@ import torch
 
 from .. import models
 from .._files import atomic
+from .log import FILE
 
 FORMAT = 1  # of the state, settings included; any other one is refused
 _NAME = re.compile(r"step-(\d{9})\.pt")
@@ -25,17 +26,20 @@ def found(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
 
 
-def take_up(folder: Path, step: int) -> None:
-    """Make a folder ready for a run that goes on after `step`.
+def take_up(folder: Path, step: int) -> int:
+    """Make a folder ready for a run that goes on after `step`; the last step of what it leaves, or `step`.
 
     Checkpoints of a later step are of a past that this run leaves: they get the ending .old. What a killed
     process had half written goes.
     """
+    last = step
     for path in found(folder):
         if path.name > name(step):
             path.replace(path.with_suffix(".pt.old"))
+            last = int(_NAME.fullmatch(path.name)[1])  # type: ignore[index]
     for part in folder.glob(".step-*.pt.*"):
         part.unlink()
+    return last
 
 
 def save(path: Path, state: dict[str, Any], keep: int) -> None:
@@ -59,12 +63,13 @@ def load(path: Path | str) -> dict[str, Any]:
         ValueError: the file is no checkpoint of a training, or of another version's format.
     """
     path = resolve(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged or foreign file fails in many ways
-        raise ValueError(f"{path} is no checkpoint of vaeops train, or is damaged") from error
+    with path.open("rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged or foreign file fails in many ways; one cut off, by OSError
+            older = [other for other in found(path.parent) if other.name < path.name]
+            hint = f"; the one before it is {older[-1]}" if older and _NAME.fullmatch(path.name) else ""
+            raise ValueError(f"{path} is no checkpoint of vaeops train, or is damaged{hint}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is no checkpoint of vaeops train")
     if state["format"] != FORMAT:
@@ -96,7 +101,8 @@ def resolve(path: Path | str) -> Path:
     if path.is_dir():
         checkpoints = found(path / "checkpoints") or found(path)
         if not checkpoints:
-            raise FileNotFoundError(f"there is no checkpoint in {path}")
+            why = ": its run ended before the first one, begin anew" if (path / FILE).exists() else ""
+            raise FileNotFoundError(f"there is no checkpoint in {path}{why}")
         return checkpoints[-1]
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")

@@ -6,6 +6,7 @@ config = parse(["preset=vae-mlp", "data=mnist", "lr=3e-4", "model.latent=10"])
 import ast
 import dataclasses
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import UnionType
@@ -68,8 +69,16 @@ class Config:
     def __post_init__(self) -> None:
         for name, hint in HINTS.items():
             value = getattr(self, name)
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise ValueError(f"{name} must be one of {get_args(hint)}, got {value!r}")
+            if isinstance(value, os.PathLike):  # as checkpoints and JSON keep it
+                object.__setattr__(self, name, value := os.fspath(value))
+            if value == "":
+                raise ValueError(f"{name} must not be empty")
+            if get_origin(hint) is Literal:
+                if value not in get_args(hint):
+                    raise ValueError(f"{name} must be one of {get_args(hint)}, got {value!r}")
+            elif not _is(value, hint):
+                kind = hint if get_origin(hint) else hint.__name__
+                raise ValueError(f"{name} must be {kind}, got {value!r}")
             least = _LEAST.get(name, -math.inf)
             if isinstance(value, (int, float)) and not least <= value < math.inf:
                 raise ValueError(f"{name} must be finite and at least {least}, got {value}")
@@ -79,6 +88,12 @@ class Config:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if self.weight_decay and self.optimizer != "adamw":
             raise ValueError(f"weight_decay is of optimizer='adamw', got it with {self.optimizer!r}")
+        if self.lr_schedule != "step":
+            for name in ("lr_every", "lr_drop"):
+                if (value := getattr(self, name)) != getattr(Config, name):
+                    raise ValueError(
+                        f"{name} is of lr_schedule='step', got {value} with {self.lr_schedule!r}"
+                    )
         if (self.beta_schedule == "constant") != (self.beta_steps == 0):
             raise ValueError(f"beta_schedule {self.beta_schedule!r} does not go with beta_steps "
                              f"{self.beta_steps}: all but 'constant' need steps")  # fmt: skip
@@ -92,6 +107,12 @@ class Config:
             raise ValueError("capacity_steps is without capacity")
         if "kl" in self.weights:
             raise ValueError("weights.kl: the KL's weight is beta")
+        for name, weight in self.weights.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"weights.{name} must be finite and at least 0, got {weight}")
+        for name in ("seed", "split_seed"):
+            if (value := getattr(self, name)) >= 2**63:
+                raise ValueError(f"{name} must be below 2^63, got {value}")
 
 
 HINTS: dict[str, Any] = get_type_hints(Config)
@@ -131,7 +152,8 @@ TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "ddpm-tiny": {"data": "mnist", "epochs": 30, "lr": 2e-4, "ema": 0.999, "clip": 1.0},
 }  # fmt: skip
 
-# A run may be resumed with another value of these: what is learned does not follow from them.
+# A run may be resumed with another value of these: what is learned does not follow from them. Of `vgg`, with
+# another file of the same weights, and not with a file in place of none.
 MAY_CHANGE = ("root", "cache", "vgg", "steps", "epochs", "log_every", "grid_every", "checkpoint_every",
               "keep", "tensorboard", "out", "device")  # fmt: skip
 
@@ -164,6 +186,8 @@ def parse(arguments: Iterable[str], base: Config | None = None) -> Config:
         name, equals, text = argument.partition("=")
         if not equals:
             raise ValueError(f"settings are key=value, got {argument!r}")
+        if name in texts:
+            raise ValueError(f"{name} is given twice, as {texts[name]!r} and {text!r}")
         texts[name] = text
     if base is None:
         if "preset" not in texts:
@@ -188,8 +212,25 @@ def parse(arguments: Iterable[str], base: Config | None = None) -> Config:
 def differences(old: dict[str, Any], new: Config) -> list[str]:
     """What a resumed run may not change and did, one text each. old: a checkpoint's settings."""
     plain, came = _plain(old), _plain(dataclasses.asdict(new))
+    kept = {name for name in {**plain, **came} if name not in MAY_CHANGE}
+    if None in (plain.get("vgg"), came.get("vgg")):
+        kept.add("vgg")
     return [f"{name}: {plain.get(name)!r} became {came.get(name)!r}" for name in {**plain, **came}
-            if name not in MAY_CHANGE and plain.get(name) != came.get(name)]  # fmt: skip
+            if name in kept and plain.get(name) != came.get(name)]  # fmt: skip
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value is of a setting's type. Integers are floats, bools are no numbers."""
+    if get_origin(hint) is UnionType:
+        return any(_is(value, kind) for kind in get_args(hint))
+    if get_origin(hint) is dict:
+        of = get_args(hint)[1]
+        return isinstance(value, dict) and all(isinstance(k, str) and _is(v, of) for k, v in value.items())
+    if hint is Any:
+        return True
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
 
 
 _WORDS = {"true": True, "false": False, "none": None}

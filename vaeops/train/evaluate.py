@@ -23,10 +23,10 @@ from .. import perplexity, rng
 from .._files import atomic
 from ..models.prior import decode_codes
 from ..nn import PosteriorMonitor
-from . import data as datasets, metrics
+from . import data as datasets, machine, metrics
 from .checkpoint import load_model
 from .data import DECODED, Dataset
-from .data.codes import check_codes, load_vq
+from .data.codes import check_codes, checksum, load_vq
 
 Model = Any  # an nn.Module with the protocol of vaeops.models, or with the part of it that its kind has
 Found = defaultdict[str, list[Tensor]]  # by name, a value for each sample
@@ -63,7 +63,7 @@ def batches(model: Model, data: Dataset, batch: int, device: torch.device | str,
         raise ValueError(f"the model takes samples of {tuple(model.input_shape)}, those of {data.name} are "
                          f"{tuple(data.x.shape[1:])}")  # fmt: skip
     if "codes" in data.extra:
-        check_codes(model, data.extra["codes"], "the data set")
+        check_codes(model, data.extra["codes"], data.extra.get("source"), "the data set")
     with tqdm(total=len(data), desc=f"{what:<16}", unit="sample", unit_scale=True, disable=None) as bar:
         for row in range(0, len(data), batch):
             x, label = data.batch(torch.arange(row, min(row + batch, len(data))), device)
@@ -198,8 +198,10 @@ def draw(model: Model, n: int, *, seed: int = 0, label: int | None = None,
         label: that all samples of a model with classes have; None: 0, 1, ... in turn.
 
     Raises:
-        ValueError: the model does not sample, or has no such label.
+        ValueError: the model does not sample, or has no such label; n is below 1.
     """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
     if not hasattr(model, "sample"):
         raise ValueError(f"{type(model).__name__} does not sample")
     if label is not None and not 0 <= label < model.classes:
@@ -231,6 +233,12 @@ def as_images(x: Tensor, input_range: tuple[float, float] | None) -> Tensor:
     return ((x - low) / (high - low)).clamp(0, 1)
 
 
+def check_decoded(x: Tensor, whose: str) -> None:
+    """What is drawn as a picture may not be codes."""
+    if not x.is_floating_point():
+        raise ValueError(f"samples of {whose} are codes: give the --decoder of them")
+
+
 def grid(images: Tensor) -> np.ndarray:
     """images [N, C, H, W] in [0, 1] -> one uint8 picture [H', W', C], row by row, white between them.
 
@@ -258,8 +266,16 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"vaeops {command}", description=description)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, a run's folder, or a .safetensors model")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default=machine.device(None),
+                        help="of the model (default: CUDA where there is a GPU)")  # fmt: skip
     return parser
+
+
+def device(text: str) -> torch.device:
+    try:
+        return machine.device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def positive(text: str) -> int:
@@ -341,7 +357,12 @@ def read_split(name: str, split: str, model: Model, config: dict[str, Any], *, r
 
 
 def _frechet(model: Model, data: Dataset, args: argparse.Namespace) -> float:
-    extract = torch.export.load(args.extractor).module().to(args.device)
+    try:
+        extract = torch.export.load(args.extractor).module().to(args.device)
+    except OSError:
+        raise
+    except Exception as error:  # another file fails in many ways
+        raise ValueError(f"--extractor: {args.extractor} is no program of torch.export: {error}") from error
 
     @torch.no_grad()
     def moments(batches: Iterable[Tensor]) -> metrics.Moments:
@@ -369,25 +390,31 @@ def sample_main(argv: Sequence[str]) -> int:
                         help="a picture of all (default: samples.png, or none with --npy alone)")  # fmt: skip
     parser.add_argument("--npy", type=Path, metavar="FILE.npy", help="an array of all, in the model's range")
     args = parser.parse_args(argv)
+    if not args.npy and not args.out:
+        args.out = Path("samples.png")
+    if args.out:
+        from . import plots
+
+        plots.check_path(args.out, ("png",))
     model, _, loaded = load_model(args.checkpoint)
     if args.decoder:
         decoder, _ = load_vq(args.decoder)
-        check_codes(model, decoder.codes, f"the model of {args.decoder}")
+        check_codes(model, decoder.codes, checksum(decoder), f"the model of {args.decoder}")
     x = draw(model.to(args.device), args.n, seed=args.seed, label=args.label, device=args.device)
     if args.decoder:
         x = torch.cat([decode_codes(decoder, codes) for codes in x.split(SAMPLE_BATCH)])
         input_range = decoder.input_range
     else:
         input_range = model.input_range
+    if args.out:
+        check_decoded(x, model.preset)
+        picture = grid(as_images(x, input_range))
     if args.npy:
         with atomic(args.npy) as file:
             np.save(file, x.numpy())
-    elif args.out is None:
-        args.out = Path("samples.png")
     if args.out:
         from PIL import Image
 
-        picture = grid(as_images(x, input_range))
         with atomic(args.out) as file:
             Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture).save(file, "PNG")
     files = " and ".join(str(path) for path in (args.out, args.npy) if path)

@@ -16,7 +16,7 @@ class Log:
 
     Args:
         out: folder of the run.
-        step: where the run begins. Lines after it are of a run that was cut off; they are dropped.
+        step: where the run begins. Lines after it are of a past that this run leaves: `drop_after`.
         tensorboard: write its files, too.
 
     Raises:
@@ -65,7 +65,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Keep the lines up to a step, atomically."""
-    kept = [record for record in read(path) if record["step"] <= step]
+    """Keep the lines up to a step, atomically; later ones go to the end of a file beside it, .old."""
+    lines: tuple[list[str], list[str]] = [], []
+    for record in read(path):
+        lines[record["step"] > step].append(json.dumps(record) + "\n")
+    kept, dropped = lines
+    if dropped:
+        with path.with_name(f"{path.name}.old").open("a", encoding="utf-8") as file:
+            file.writelines(dropped)
     with atomic(path) as file:
-        file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+        file.write("".join(kept).encode())

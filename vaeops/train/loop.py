@@ -93,6 +93,8 @@ def train(config: Config, resume: str | Path | None = None, *, model: Any = None
     with machine.processes(config.device) as place, machine.repeatable(config.deterministic):
         trainer = _Trainer(config, place, model, dataset)
         if state is not None:
+            if "source" in trainer.config.model:  # which older priors did not keep
+                state["config"]["model"].setdefault("source", trainer.config.model["source"])
             _check_same(state["config"], trainer.config)
             trainer.restore(state)
         with machine.stop_requests() as stops:
@@ -173,7 +175,9 @@ class _Trainer:
             self._begin(fresh)
         log = Log(self.out, self.step, self.config.tensorboard) if self.place.rank == 0 else None
         batch, stop = self.config.batch, False
-        record = read(self.out / FILE)[-1] if self.step == self.steps else {}  # nothing is left to do
+        record: dict[str, float] = {}
+        if self.step == self.steps and (self.out / FILE).exists():  # nothing is left to do
+            record = next(reversed(read(self.out / FILE)), {})
         self.clocked, self.since = self.step, time.perf_counter()
         with (
             closing(log) if log else nullcontext(),
@@ -344,6 +348,7 @@ class _Trainer:
             "versions": _versions(),
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
+            "trunk": self._trunk(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "schedules": self.schedules.state_dict(),
@@ -352,7 +357,19 @@ class _Trainer:
             "log": {"columns": self.columns, "terms": self.terms, "rows": rows},
         }
 
+    def _trunk(self) -> str | None:
+        """The checksum of what a perceptual loss compares by, which is no part of the model's state."""
+        trunk = getattr(self.model, "trunk", None)
+        return getattr(trunk, "checksum", None)
+
     def restore(self, state: dict[str, Any]) -> None:
+        if (trunk := state.get("trunk", self._trunk())) != self._trunk():  # older ones do not say
+            raise ValueError(f"vgg: the checkpoint is of a run with other weights of VGG16: sha256 {trunk}, "
+                             f"got {self._trunk()}")  # fmt: skip
+        if state["step"] > self.steps:
+            name = "steps" if self.config.steps else "epochs"
+            asked = self.config.steps or f"{self.config.epochs}, which are {self.steps} steps"
+            raise ValueError(f"{name}: the checkpoint is of step {state['step']} already, got {asked}")
         for name, module in (("model", self.model), ("ema", self.ema)):
             try:
                 if module is not None:
@@ -377,11 +394,18 @@ class _Trainer:
 
     def _begin(self, fresh: bool) -> None:
         """The folder of the run, its config.json, and what is run, printed."""
-        if fresh and ((self.out / FILE).exists() or checkpoint.found(self.out / "checkpoints")):
+        if fresh and checkpoint.found(self.out / "checkpoints"):
             raise FileExistsError(
                 f"out: {self.out} holds a run: resume it (--resume {self.out}), or give another"
             )
-        checkpoint.take_up(self.out / "checkpoints", self.step)
+        if fresh and (self.out / FILE).exists() and (self.out / FILE).stat().st_size:
+            raise FileExistsError(
+                f"out: {self.out} holds a run that ended before its first checkpoint: remove it, "
+                "or give another"
+            )
+        last = checkpoint.take_up(self.out / "checkpoints", self.step)
+        if (self.out / FILE).exists():
+            last = max([last, *(record["step"] for record in read(self.out / FILE))])
         settings = {"config": dataclasses.asdict(self.config), "versions": _versions()}
         with atomic(self.out / "config.json") as file:
             file.write((json.dumps(settings, indent=2) + "\n").encode())
@@ -393,6 +417,8 @@ class _Trainer:
         data_line = f"{self.dataset.name}: {len(self.dataset.x):,} x {shape}"
         print(f"{data_line}, {self.batches.steps_per_epoch:,} steps an epoch")
         print(f"steps {self.step:,} to {self.steps:,}")
+        if last > self.step:
+            print(f"steps {self.step + 1:,} to {last:,} of the earlier run move to *.old")
         print(f"{self.place.world} x {self.place.device}, ops by {served[self.config.ops]}", flush=True)
 
     @torch.no_grad()

@@ -35,12 +35,35 @@ class Place(NamedTuple):
         return bool(self.mean(torch.tensor(float(value), device=self.device)))
 
 
+def device(name: str | None) -> torch.device:
+    """The device of a name; None: CUDA where there is a GPU, else the CPU.
+
+    Raises:
+        ValueError: torch does not know it, or cannot keep tensors on it here.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: torch knows no {name!r}; cpu, cuda and cuda:1 are devices") from error
+    if found.type == "cuda":  # whose memory is not touched here: each process has a GPU of its own
+        if not torch.cuda.is_available():
+            raise ValueError(f"device: torch finds no GPU, got {name!r}")
+        if (found.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device: torch finds {torch.cuda.device_count()} GPUs, got {name!r}")
+        return found
+    try:
+        torch.zeros((), device=found).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: torch keeps no tensors on {name!r} here") from error
+    return found
+
+
 @contextmanager
-def processes(device: str | None) -> Iterator[Place]:
+def processes(name: str | None) -> Iterator[Place]:
     """This process's place; under torchrun the default group, which is made unless there is one already."""
-    found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: torch finds no GPU, got {device!r}")
+    found = device(name)
     ours = not (dist.is_available() and dist.is_initialized())
     if ours and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Place(found)

@@ -20,7 +20,7 @@ from ..models.prior import decode_codes
 from ..nn import PosteriorMonitor
 from . import evaluate, log, metrics, plots
 from .data import Dataset, scale
-from .data.codes import check_codes
+from .data.codes import check_codes, checksum
 from .latent_figures import classifier
 from .runs import Run, at_most, rows, varied
 
@@ -205,11 +205,12 @@ def samples(run: Run, out: Path, *, images: int = 100, seed: int = 0, decoder: s
         vq = Run(Path(decoder), "cpu")
         if not hasattr(vq.model, "grids"):
             raise ValueError(f"decoder must be a model with a codebook, and {vq} has none")
-        check_codes(run.model, vq.model.codes, str(vq))
+        check_codes(run.model, vq.model.codes, checksum(vq.model), str(vq))
     x = evaluate.draw(run.model, images, seed=seed, device=run.device)
-    if not decoder and not x.is_floating_point():
-        raise ValueError(f"samples of {run} are codes: give the --decoder of them")
-    drawn = vq.images(decode_codes(vq.model, x) if decoder else x)
+    if decoder:
+        x = decode_codes(vq.model, x)
+    evaluate.check_decoded(x, str(run))
+    drawn = vq.images(x)
     plots.image_grid(out, f"Samples of {run.name}", drawn, COLUMNS)
     return {}
 

@@ -5,7 +5,7 @@ Images are [n, H, W], drawn as dark ink on white, or [n, H, W, 3], both in [0, 1
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,11 +55,11 @@ def _figure(path: Path, title: str, size: tuple[float, float]) -> Iterator[Figur
             figure.savefig(file, format=kind, metadata=FORMATS[kind])
 
 
-def check_path(path: Path) -> str:
+def check_path(path: Path, formats: Iterable[str] = FORMATS) -> str:
     """The format that a file's ending names."""
     kind = path.suffix.lower().removeprefix(".")
-    if kind not in FORMATS:
-        raise ValueError(f"a picture's file must end in .{', .'.join(FORMATS)}, got {path}")
+    if kind not in formats:
+        raise ValueError(f"a picture's file must end in .{', .'.join(formats)}, got {path}")
     return kind
 
 

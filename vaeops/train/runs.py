@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import latent
-from . import evaluate, log
+from . import evaluate, log, machine
 from .checkpoint import load_model
 from .data import Dataset
 
@@ -26,8 +26,8 @@ class Run:
         device: of the model; None: CUDA where there is a GPU.
     """
 
-    def __init__(self, path: Path, device: str | None = None) -> None:
-        self.path, self.device = path, device or ("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, path: Path, device: str | torch.device | None = None) -> None:
+        self.path, self.device = path, device or machine.device(None)
         folder = next((p for p in (path, *path.parents[:2]) if (p / log.FILE).exists()), None)
         self.log = None if folder is None else folder / log.FILE
         self.name = (folder or path).resolve().name.removesuffix(".safetensors").removesuffix(".pt")

@@ -29,13 +29,15 @@ def fitted(config: Config, place: Place, model: Any,
     if not len(dataset.x):
         raise ValueError(f"data: {dataset.name} has no samples")
     shape = tuple(dataset.x.shape[1:])
-    codes = dataset.extra.get("codes")
+    codes, source = dataset.extra.get("codes"), dataset.extra.get("source")
     fits = _takes(model, shape) and codes in (None, getattr(model, "codes", None))
+    fits = fits and (source is None or getattr(model, "source", source) is not None)
     if not given and not fits:
         sizes = {"in_dim": math.prod(shape), "items": math.prod(shape), "channels": shape[0],
                  "size": shape[-1], "side": shape[-1]}  # fmt: skip
         if codes is not None:
             sizes = {"codes": codes, "length": math.prod(shape)}
+            sizes |= {} if source is None else {"source": source}
         has = inspect.signature(type(model)).parameters
         sizes = {name: size for name, size in sizes.items() if name in has and name not in config.model}
         config = dataclasses.replace(config, model={**config.model, **sizes})
@@ -43,8 +45,11 @@ def fitted(config: Config, place: Place, model: Any,
     if not _takes(model, shape):
         raise ValueError(f"data: {config.preset} takes samples of {tuple(model.input_shape)}, "
                          f"those of {dataset.name} are {shape}")  # fmt: skip
+    if not given and dataset.peak and model.input_range is None:
+        raise ValueError(f"data: {config.preset} takes values without bounds as they are, those of "
+                         f"{dataset.name} are integers of 0 to {dataset.peak}")  # fmt: skip
     if codes is not None:
-        check_codes(model, codes, "the data set")
+        check_codes(model, codes, source, "the data set")
     if config.grid_every and len(shape) != 3:
         raise ValueError(f"grid_every must be 0, {dataset.name} has no images; got {config.grid_every}")
     if model.classes:
@@ -65,7 +70,7 @@ def _model(config: Config) -> Any:
     machine.seed_all(config.seed)
     try:
         return models.create(config.preset, ops="fused" if config.ops == "fused" else "ref", **arguments)
-    except TypeError as error:  # an argument of another type than the constructor takes
+    except (TypeError, RuntimeError) as error:  # of a type or size that the constructor does not take
         raise ValueError(f"model: {config.preset}: {error}") from error
 
 

@@ -1,5 +1,6 @@
 """The codes of a trained VQ-VAE as a data set: what a prior over them learns."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ def codes(run: Path, split: str, cache: Path | None, read: Callable[..., Dataset
     """The codes of the images that a VQ-VAE was trained on, int32 [N, T], as `encode_dataset` orders them.
 
     The split is one of that training's data set, by that training's seed; labels are its labels. Every call
-    encodes anew, on the CPU, by the averaged weights where there are any. extra: "codes", K.
+    encodes anew, on the CPU, by the averaged weights where there are any. extra: "codes", K, and "source",
+    the checksum of those weights.
 
     Args:
         run: the folder of the training, or a checkpoint of it.
@@ -42,7 +44,7 @@ def codes(run: Path, split: str, cache: Path | None, read: Callable[..., Dataset
 
     x = encode_dataset(model, batches()).int().numpy()
     return Dataset("codes", x, images.labels, peak=0, label_names=images.label_names,
-                   extra={"codes": model.codes})  # fmt: skip
+                   extra={"codes": model.codes, "source": checksum(model)})  # fmt: skip
 
 
 def load_vq(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -53,8 +55,25 @@ def load_vq(path: Path) -> tuple[Any, dict[str, Any]]:
     return model, config
 
 
-def check_codes(model: Any, codes: int, whose: str) -> None:
-    """A model of codes must know as many as there are in its data, or in what decodes its samples."""
+def checksum(model: Any) -> str:
+    """SHA-256 of a model's state: equal weights give an image equal codes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_codes(model: Any, codes: int, source: str | None, whose: str) -> None:
+    """A model of codes must know as many, of the same VQ-VAE, as its data or what decodes its samples.
+
+    A source that either of them does not know is not compared.
+    """
     known = getattr(model, "codes", None)
     if known != codes:
         raise ValueError(f"{type(model).__name__} has {known or 'no'} codes, {whose} has {codes}")
+    learned = getattr(model, "source", None)
+    if learned is not None and source is not None and learned != source:
+        raise ValueError(f"{type(model).__name__} learned the codes of a VQ-VAE with other weights (sha256 "
+                         f"{learned[:12]}) than {whose} has ({source[:12]}): if it was trained further, give "
+                         "its checkpoint of then in place of its run")  # fmt: skip
