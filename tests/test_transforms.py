@@ -218,6 +218,35 @@ def test_func_jvp_is_no_silent_zero():
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual[0]).tangent, dz)
 
 
+def _total(mu, logvar):
+    return vaeops.gaussian_kl(mu, logvar, reduction="sum")
+
+
+UNDER_COMPILE = {
+    "grad": lambda mu, logvar: torch.func.grad(_total)(mu, logvar),
+    "jvp": lambda mu, logvar: torch.func.jvp(lambda m: _total(m, logvar), (mu,), (mu,))[1],
+    "vmap of grad": lambda mu, logvar: torch.func.vmap(torch.func.grad(_total))(mu, logvar),
+    "grad of vmap": lambda mu, logvar: torch.func.grad(
+        lambda m: torch.func.vmap(_total)(m, logvar).sum()
+    )(mu),
+    "lookup": lambda mu, _: torch.func.grad(
+        lambda m: vaeops.vq_lookup(torch.arange(2), m).square().sum()
+    )(mu),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNDER_COMPILE)
+def test_torch_func_inside_a_compiled_graph_is_no_silent_zero(name):
+    """It goes back to eager, and is right; where it may not, it raises."""
+    call, args = UNDER_COMPILE[name], inputs((3, 4), grad=False)
+    expected = call(*args)
+    assert bool(expected.any())
+    torch.testing.assert_close(torch.compile(call, backend="aot_eager")(*args), expected)
+    torch._dynamo.reset()  # it has put the function down as one to leave alone
+    with pytest.raises(Exception, match=r"torch\.func\.grad, jvp and the like do not pass through it"):
+        torch.compile(call, backend="aot_eager", fullgraph=True)(*args)
+
+
 def test_forward_mode_refuses_tangents_that_it_would_drop():
     p, t, v = torch.randn(3, 4, 5).unbind()
     calls = (

@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_dynamic_layer_stack_depth as _functorch_depth
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter as _functorch_top
 from torch.autograd import Function, forward_ad
 
 from ._library import IMPLS, overloads
@@ -57,7 +59,7 @@ class Differentiable:
         self._eager = {impl: f[0] for impl, f in by_impl.items()}
         self._traced = {impl: f[1] for impl, f in by_impl.items()}
         self._transformed = {impl: f[2] for impl, f in by_impl.items()}
-        self._wrt = wrt
+        self._name, self._wrt = forward, wrt
 
     def __call__(self, impl: str | None, options: tuple, *tensors: Tensor | None) -> Any:
         wants_gradient = False
@@ -67,6 +69,7 @@ class Differentiable:
                     wants_gradient = True
                     break
         if _is_compiling():
+            check_traced(self._name)
             if wants_gradient:
                 return self._traced[impl].apply(options, *_distinct(tensors))
             return self._op[impl](*tensors, *options)
@@ -75,6 +78,21 @@ class Differentiable:
         if wants_gradient:
             return self._eager[impl](options, *tensors)
         return self._kernel[impl](*tensors, *options)
+
+
+def check_traced(op: str) -> None:
+    """Inside a compiled graph torch.func.grad and jvp would see the bare op, and its derivative as zero.
+
+    Dynamo traces no Function under them. vmap alone is served by the op's own rule.
+    """
+    if not _is_compiling() or (not _functorch_active() and forward_ad._current_level < 0):
+        return
+    if _functorch_active() and _functorch_depth() == 1 and _functorch_top().key() == TransformType.Vmap:
+        return
+    raise NotImplementedError(
+        f"{op}: torch.func.grad, jvp and the like do not pass through it inside torch.compile; leave them "
+        "out of the compiled function, or differentiate it by torch.autograd"
+    )
 
 
 def forward_mode() -> bool:

@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from ... import _native
 from ...ref import perceptual as ref
-from .._autograd import Once, forward_mode
+from .._autograd import Once, check_traced, forward_mode
 from .._library import check_impl
 from . import check
 from .trunk import BATCHNORM_BWD, BATCHNORM_FWD, FEATURES_BWD, FEATURES_FWD, PACK
@@ -135,6 +135,7 @@ class _BatchFeatures(Function):
 def features(cut: Cut, x: Tensor, impl: str | None) -> list[Tensor]:
     """The maps of x at the taps of the cut, with a graph where x asks for one."""
     packed, where = cut.packed(impl), (cut.layers, cut.taps, cut.pixels(x.dtype))
+    check_traced("VGGTrunk.features")
     graph = forward_mode() or (torch.is_grad_enabled() and x.requires_grad)
     if cut.norms:
         options = (*where, cut.norm_eps, cut.algorithm)

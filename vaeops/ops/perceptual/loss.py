@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from ...ref import perceptual as ref
-from .._autograd import Once
+from .._autograd import Once, check_traced
 from .._library import check_impl, define, overloads
 from . import check
 from .distance import DISTANCE, folded, reduced
@@ -138,6 +138,7 @@ def _attached(static: tuple, x: Tensor, target: Tensor | None, packed: Tensor, t
               want_grad: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`_run`, with a graph to x where x wants one."""
     if torch.compiler.is_compiling():
+        check_traced("perceptual_loss")
         if torch.is_grad_enabled() and x.requires_grad:
             return _Traced.apply(static, None, x, target, packed, *tensors)
     elif (

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ...ref import vq as ref
-from .._autograd import forward_mode
+from .._autograd import check_traced, forward_mode
 from .._library import check_impl, define, overloads
 from . import check
 from .assign import triton_kernel
@@ -100,6 +100,7 @@ class _ScatterForward(_Scatter):
 
 
 def _lookup(codebook: Tensor, indices: Tensor, fill: float, impl: str | None) -> Tensor:
+    check_traced("vq_lookup")
     if forward_mode():
         return _LookupForward.apply(codebook, indices, fill, impl)
     if torch.is_grad_enabled() and codebook.requires_grad:

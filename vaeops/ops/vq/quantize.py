@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from ...ref import vq as ref
 from ...ref.vq import VQOutput
-from .._autograd import Once, forward_mode
+from .._autograd import Once, check_traced, forward_mode
 from .._library import check_impl, define, overloads
 from . import check
 from .assign import ASSIGN, triton_kernel
@@ -208,6 +208,7 @@ def vector_quantize(x: Tensor, codebook: Tensor, *, metric: str = "l2", estimato
     fixed_rows, fixed_codebook = rows.detach(), codebook.detach()
     indices = ASSIGN[impl](fixed_rows, fixed_codebook, mask, metric_code, exact, False)
     counts = sums = wide_counts = wide_sums = None
+    check_traced(op)
     forward = forward_mode()
     wants_codebook = forward or (torch.is_grad_enabled() and codebook.requires_grad)
     if stats and wants_codebook and deterministic is None and options[1] != 0:
