@@ -67,8 +67,9 @@ def _train(rest: list[str]) -> int:
     add("--data", help="data set")
     add("--root", help="folder of the data sets")
     add("--out", help="folder of the run (default: runs/PRESET, or the one resumed)")
-    add("--ops", choices=("fused", "ref", "compile"), help="vaeops' kernels (default), the same in PyTorch, "
-        "or that under torch.compile: the rival in a benchmark")  # fmt: skip
+    add("--ops", choices=("fused", "fused-compile", "ref", "compile"), help="vaeops' kernels (default), or "
+        "these under torch.compile; the same in PyTorch, or that under torch.compile: rivals in a benchmark"
+        )  # fmt: skip
     add("--resume", help="a checkpoint, or the folder of a run, to go on from")
     args = parser.parse_intermixed_args(rest)
     given = [f"preset={text}" if i == 0 and "=" not in text else text for i, text in enumerate(args.settings)]

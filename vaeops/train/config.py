@@ -34,7 +34,8 @@ class Config:
     split_seed: int = 0  # of data sets that come without a split
     model: dict[str, Any] = field(default_factory=dict)  # arguments of the model's constructor
     vgg: str | None = None  # file of VGG16's weights: celeba-vae and -xl then have a perceptual loss
-    ops: Literal["fused", "ref", "compile"] = "fused"  # "compile": "ref" under torch.compile
+    # vaeops' kernels, the same in PyTorch, and each of them under torch.compile ("compile": of "ref")
+    ops: Literal["fused", "fused-compile", "ref", "compile"] = "fused"
     seed: int = 0  # of weights, order of the images and noise
     steps: int | None = None  # optimizer steps; or
     epochs: int | None = 20  # passes over the data set

@@ -158,7 +158,7 @@ class _Trainer:
         self.noise = rng.make_seed(generator=torch.Generator().manual_seed(config.seed)).to(device)
 
         self.forward: Any = _Terms(self.model)
-        if config.ops == "compile":
+        if config.ops.endswith("compile"):
             self.forward = torch.compile(self.forward)
         if place.world > 1:
             ids = [device] if device.type == "cuda" else None
@@ -410,7 +410,8 @@ class _Trainer:
         with atomic(self.out / "config.json") as file:
             file.write((json.dumps(settings, indent=2) + "\n").encode())
         shape = "x".join(map(str, self.dataset.x.shape[1:]))
-        served = {"fused": serving(self.place.device.type), "ref": "PyTorch", "compile": "torch.compile"}
+        served = serving(self.place.device.type) if self.config.ops.startswith("fused") else "PyTorch"
+        compiled = ", torch.compile" if self.config.ops.endswith("compile") else ""
         for name, value in settings["config"].items():
             print(f"{name:<17} {value}")
         print(f"{type(self.model).__name__}: {sum(p.numel() for p in self.parameters):,} parameters")
@@ -419,7 +420,7 @@ class _Trainer:
         print(f"steps {self.step:,} to {self.steps:,}")
         if last > self.step:
             print(f"steps {self.step + 1:,} to {last:,} of the earlier run move to *.old")
-        print(f"{self.place.world} x {self.place.device}, ops by {served[self.config.ops]}", flush=True)
+        print(f"{self.place.world} x {self.place.device}, ops by {served}{compiled}", flush=True)
 
     @torch.no_grad()
     def _draw(self) -> None:

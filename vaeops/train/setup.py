@@ -68,8 +68,9 @@ def _model(config: Config) -> Any:
     if config.vgg is not None:
         arguments["trunk"] = VGGTrunk.from_file(config.vgg, "vgg16", input_range=(-1.0, 1.0))
     machine.seed_all(config.seed)
+    ops = "fused" if config.ops.startswith("fused") else "ref"
     try:
-        return models.create(config.preset, ops="fused" if config.ops == "fused" else "ref", **arguments)
+        return models.create(config.preset, ops=ops, **arguments)
     except (TypeError, RuntimeError) as error:  # of a type or size that the constructor does not take
         raise ValueError(f"model: {config.preset}: {error}") from error
 
