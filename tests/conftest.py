@@ -1,6 +1,10 @@
 """What every test shares: fixed seeds, poisoned memory, the machine's instruction sets."""
 
 import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +24,24 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip_slow)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip_gpu)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted(request, tmp_path_factory):
+    """(process, its output) of triton/interpreted/: minutes of one core, beside the tests that come before."""
+    name = "test_kernels_under_the_interpreter"
+    if not any(item.name == name and not item.get_closest_marker("skip") for item in request.session.items):
+        yield None
+        return
+    output = tmp_path_factory.mktemp("interpreted") / "output"
+    folder = Path(__file__).parent / "triton" / "interpreted"
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(folder)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    with output.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    yield process, output
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture(autouse=True)

@@ -119,8 +119,10 @@ def test_import_starts_no_cuda_and_imports_no_triton():
 
 
 def test_import_costs_less_than_100_ms_over_torch(tmp_path):
+    # A full collection walks torch's objects: 60 ms, on whoever is at work when it comes.
     code = (
-        "import torch, time; t = time.perf_counter(); import vaeops; print((time.perf_counter() - t) * 1e3)"
+        "import gc, time, torch; gc.disable(); t = time.perf_counter(); import vaeops; "
+        "print((time.perf_counter() - t) * 1e3)"
     )
     cache = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     python("import vaeops", **cache)  # compiles the bytecode

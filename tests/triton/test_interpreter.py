@@ -1,10 +1,6 @@
 """Runs interpreted/ in a process of its own: Triton decides on import whether it compiles or interprets."""
 
-import os
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import pytest
 
@@ -20,8 +16,8 @@ def why_not() -> str | None:
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-def test_kernels_under_the_interpreter():
-    folder = Path(__file__).parent / "interpreted"
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(folder)]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
+def test_kernels_under_the_interpreter(interpreted):
+    """It has run beside the other tests since the session began, see tests/conftest.py."""
+    process, output = interpreted
+    process.wait()
+    assert process.returncode == 0, output.read_text()[-12000:]
