@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreted(request, tmp_path_factory):
-    """(process, its output) of triton/interpreted/: minutes of one core, beside the tests that come before."""
+    """(process, its output) of triton/interpreted/: minutes of one core, beside the tests before it."""
     name = "test_kernels_under_the_interpreter"
     if not any(item.name == name and not item.get_closest_marker("skip") for item in request.session.items):
         yield None
