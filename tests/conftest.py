@@ -35,7 +35,7 @@ def interpreted(request, tmp_path_factory):
         return
     output = tmp_path_factory.mktemp("interpreted") / "output"
     folder = Path(__file__).parent / "triton" / "interpreted"
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(folder)]
+    command = ["nice", sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(folder)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     with output.open("w") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
