@@ -13,6 +13,7 @@ endif
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*)
 BUILT := build/installed
 PIP := $(PY) -m pip --disable-pip-version-check
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 OUT ?= build/gpu
 SECONDS ?= 60
 
@@ -20,10 +21,11 @@ demo: $(BUILT)
 	$(PY) -m vaeops.train.demo
 
 test: $(BUILT)
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests $(PARALLEL)
 
-test-all: $(BUILT)
-	$(PY) -m pytest tests --slow
+# The slow ones one after the other: some take most of the memory.
+test-all: test
+	$(PY) -m pytest tests --slow -m slow
 
 # Runs the example notebooks and keeps what they print and draw.
 notebooks: $(BUILT)
@@ -33,8 +35,8 @@ notebooks: $(BUILT)
 .venv/ready: constraints.txt pyproject.toml
 	test -x .venv/bin/python || python3 -m venv .venv
 	$(PIP) install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch triton numpy setuptools \
-	  ninja pybind11 pytest pytest-benchmark hypothesis scikit-learn scipy matplotlib pillow tqdm safetensors torchmetrics \
-	  ruff mypy clang-format nbclient nbformat ipykernel vector-quantize-pytorch diffusers
+	  ninja pybind11 pytest pytest-xdist pytest-benchmark hypothesis scikit-learn scipy matplotlib pillow tqdm \
+	  safetensors torchmetrics ruff mypy clang-format nbclient nbformat ipykernel vector-quantize-pytorch diffusers
 	$(PIP) install -q --no-deps -c constraints.txt lpips
 	$(PIP) install -q --no-deps -c constraints.txt --upgrade --target .venv/peers torchvision
 	touch $@
@@ -84,7 +86,7 @@ sanitize: $(READY)
 	cd $(SAN) && VAEOPS_NATIVE=require CFLAGS="$(SAN_FLAGS)" LDFLAGS="-fsanitize=address,undefined" \
 	  $(abspath $(PY)) setup.py -q build_ext --inplace > build.log 2>&1 || { tail -30 build.log; exit 1; }
 	cd $(SAN) && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
-	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. $(abspath $(PY)) -m pytest tests/test_gaussian.py \
+	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=. $(abspath $(PY)) -m pytest $(PARALLEL) tests/test_gaussian.py \
 	  tests/test_rng.py tests/test_bad_arguments.py tests/test_vq.py tests/test_vq_arguments.py \
 	  tests/test_recon.py::test_sizes tests/test_recon_transforms.py::test_layouts \
 	  -k "not compile and not statistics and not [ref" -p no:cacheprovider

@@ -2,11 +2,13 @@
 
 import ctypes
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+# pytest-xdist's processes fill the cores: a second thread would wait for its turn. Tests of threads ask for
+# theirs.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from vaeops import _native
@@ -24,28 +26,6 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip_slow)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip_gpu)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def interpreted(request, tmp_path_factory):
-    """(process, its output) of triton/interpreted/: minutes of one core, beside the tests before it."""
-
-    def wanted(item):
-        skipif = item.get_closest_marker("skipif")
-        return item.name == "test_kernels_under_the_interpreter" and not (skipif and skipif.args[0])
-
-    if not any(wanted(item) for item in request.session.items):
-        yield None
-        return
-    output = tmp_path_factory.mktemp("interpreted") / "output"
-    folder = Path(__file__).parent / "triton" / "interpreted"
-    command = ["nice", sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(folder)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    with output.open("w") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    yield process, output
-    process.kill()
-    process.wait()
 
 
 @pytest.fixture(autouse=True)

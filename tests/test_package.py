@@ -121,12 +121,14 @@ def test_import_starts_no_cuda_and_imports_no_triton():
 def test_import_costs_less_than_100_ms_over_torch(tmp_path):
     # A full collection walks torch's objects: 60 ms, on whoever is at work when it comes.
     code = (
-        "import gc, time, torch; gc.disable(); t = time.perf_counter(); import vaeops; "
-        "print((time.perf_counter() - t) * 1e3)"
+        "import time; start = time.perf_counter(); import gc, torch; gc.disable(); t = time.perf_counter();"
+        "import vaeops; print((time.perf_counter() - t) * 1e3, (t - start) * 1e3)"
     )
     cache = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     python("import vaeops", **cache)  # compiles the bytecode
-    assert min(float(python(code, **cache)) for _ in range(5)) < 100
+    runs = [python(code, **cache).split() for _ in range(4)]
+    ours, torchs = (min(map(float, times)) for times in zip(*runs))
+    assert ours < 100 * max(1, torchs / 1250), (ours, torchs)  # a machine where torch takes longer is slower
 
 
 def test_works_in_forked_loader_workers():

@@ -1,8 +1,14 @@
 """Runs interpreted/ in a process of its own: Triton decides on import whether it compiles or interprets."""
 
+import os
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pytest
+
+FOLDER = Path(__file__).parent / "interpreted"
 
 
 def why_not() -> str | None:
@@ -16,8 +22,9 @@ def why_not() -> str | None:
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-def test_kernels_under_the_interpreter(interpreted):
-    """It has run beside the other tests since the session began, see tests/conftest.py."""
-    process, output = interpreted
-    process.wait()
-    assert process.returncode == 0, output.read_text()[-12000:]
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("test_*.py")), ids=lambda path: path.stem)
+def test_kernels_under_the_interpreter(path):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-12000:] + done.stderr[-2000:]
