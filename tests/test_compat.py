@@ -237,6 +237,13 @@ def test_kl_normal_reduces():
     torch.testing.assert_close(kl_normal(p, q, reduction="dim", batch_ndim=2), kl_divergence(p, q).mean())
 
 
+def test_kl_normal_of_several_dtypes():
+    p, q = normals()[1], normals(dtype=torch.float32)[2]
+    ours, theirs = kl_normal(p, q), kl_divergence(p, q)
+    assert ours.dtype is theirs.dtype is torch.float64
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_kl_normal_where_the_peer_breaks():
     p, q = Normal(torch.tensor(0.0), torch.tensor(1e-25)), Normal(torch.tensor(0.0), torch.tensor(1.0))
     assert kl_divergence(p, q).isinf()

@@ -108,7 +108,12 @@ def test_compiles():
         (lambda: ELBOLoss("mse", reduction="sum"), ValueError, "reduction must be one of"),
         (lambda: ELBOLoss("mse", free_bits=1, capacity=1), ValueError, "give one of free_bits and capacity"),
         (lambda: ELBOLoss("mse", free_bits=1, reduction="sample"), ValueError, "are of a batch"),
-        (lambda: ELBOLoss("l3")(*batch()), ValueError, "kind must be one of"),
+        (lambda: ELBOLoss("l3"), ValueError, "kind must be one of"),
+        (lambda: ELBOLoss("mse", param="var"), ValueError, "param must be one of"),
+        (lambda: ELBOLoss("mse", beta="2"), TypeError, "beta must be a float or a KLSchedule, got str"),
+        (lambda: ELBOLoss("mse", free_bits=None), TypeError, "free_bits must be a float, got NoneType"),
+        (lambda: ELBOLoss("mse", free_bits=-1), ValueError, "free_bits must be >= 0"),
+        (lambda: ELBOLoss("mse", capacity=True), TypeError, "capacity must be a float or a KLSchedule"),
         (lambda: ELBOLoss("mse")(*batch()[:3]), TypeError, "logvar is missing"),
         (
             lambda: ELBOLoss("mse")(*batch()[:2], vaeops.reparam_kl(*batch()[2:]), batch()[3]),

@@ -175,6 +175,7 @@ def test_compile_fullgraph_and_dynamic():
         (lambda: rng.normal((3,), SEED, impl="fast"), ValueError, "impl must be None or one of"),
         (lambda: rng.normal((3,), SEED, impl="cuda"), ValueError, "impl='cuda' cannot run on cpu"),
         (lambda: rng.advance(SEED, 6), ValueError, "multiple of 4"),
+        (lambda: rng.advance(SEED, 2**65), ValueError, r"elements must be in \[-2\^65, 2\^65\)"),
         (lambda: rng.advance(SEED, 4.0), TypeError, "elements must be an int"),
         (lambda: rng.fold_in(SEED, -1), ValueError, r"index must be in \[0, 2\^63\)"),
         (lambda: rng.fold_in(SEED, 1.5), TypeError, "index must be an int"),

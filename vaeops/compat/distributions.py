@@ -1,5 +1,7 @@
 """The KL of two `torch.distributions.Normal` through the fused op."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.distributions import Normal
@@ -18,11 +20,12 @@ def kl_normal(
     below 1e-23, where the peer's is infinite.
 
     Args:
-        p, q: Normals whose shapes broadcast; gradients reach the locs and scales of both.
+        p, q: Normals whose shapes broadcast and whose dtypes promote to one; gradients reach the locs and
+            scales of both.
         reduction, batch_ndim, impl: as in `vaeops.gaussian_kl`, over the broadcast shape.
 
     Returns:
-        fp32 (fp64 for fp64).
+        fp32 (fp64 if one of the four tensors is).
 
     Raises:
         TypeError: p or q is no Normal (an Independent keeps its own at `.base_dist`).
@@ -30,11 +33,14 @@ def kl_normal(
     for name, d in (("p", p), ("q", q)):
         if not isinstance(d, Normal):
             raise TypeError(f"kl_normal: {name} must be a torch.distributions.Normal, got {type(d).__name__}")
+    parts = p.loc, p.scale, q.loc, q.scale
     shape = torch.broadcast_shapes(p.loc.shape, q.loc.shape)
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in parts))
+    mu, std, *prior = (t.to(dtype) for t in parts)
     return gaussian_kl(
-        p.loc.expand(shape),
-        p.scale.expand(shape),
-        prior=(q.loc, q.scale),
+        mu.expand(shape),
+        std.expand(shape),
+        prior=(prior[0], prior[1]),
         param="std",
         reduction=reduction,
         batch_ndim=0 if reduction == "none" else batch_ndim,

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from .. import objectives
 from ..ops.gaussian import LatentOutput, gaussian_kl
 from ..ops.recon import ElboOutput, recon_loss
+from ..ref.gaussian import PARAMS
+from ..ref.recon import KINDS
 from .latent import KLSchedule
 
 REDUCTIONS = ("batchmean", "sample")
@@ -39,6 +41,16 @@ class ELBOLoss(nn.Module):
                  scale: float | None = None, batch_ndim: int = 1, param: str = "logvar",
                  impl: str | None = None) -> None:  # fmt: skip
         super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"ELBOLoss: kind must be one of {KINDS}, got {kind!r}")
+        if param not in PARAMS:
+            raise ValueError(f"ELBOLoss: param must be one of {PARAMS}, got {param!r}")
+        _check_number("beta", beta, KLSchedule)
+        _check_number("free_bits", free_bits)
+        if free_bits < 0:
+            raise ValueError(f"ELBOLoss: free_bits must be >= 0, got {free_bits}")
+        if capacity is not None:
+            _check_number("capacity", capacity, KLSchedule)
         if reduction not in REDUCTIONS:
             raise ValueError(f"ELBOLoss: reduction must be one of {REDUCTIONS}, got {reduction!r}")
         if free_bits and capacity is not None:
@@ -97,6 +109,12 @@ class ELBOLoss(nn.Module):
             n: getattr(self, n) for n in names if not isinstance(getattr(self, n), nn.Module)
         } | self.options
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def _check_number(name: str, value: object, *others: type) -> None:
+    if not isinstance(value, (int, float, *others)) or isinstance(value, bool):
+        what = " or a ".join(["a float", *(t.__name__ for t in others)])
+        raise TypeError(f"ELBOLoss: {name} must be {what}, got {type(value).__name__}")
 
 
 def _now(value: float | KLSchedule) -> float | Tensor:

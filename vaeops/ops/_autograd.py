@@ -38,7 +38,8 @@ _is_grad_enabled = torch.is_grad_enabled
 class Differentiable:
     """`op(impl, *tensors, *options)`: the low-level op with every derivative.
 
-    name        forward op; `name_bwd` style partner in `backward`
+    name        what users call it, for errors
+    forward, backward   the low-level ops
     tensors     how many leading arguments are tensors; the first `wrt` of them have gradients
     kept        how many of the last outputs are there for backward alone: they have no gradient
     reference   the backward formula in differentiable PyTorch
@@ -47,19 +48,19 @@ class Differentiable:
                 call(options, *tensors) on more rows
     """
 
-    def __init__(self, forward: str, backward: str, *, outputs: int, tensors: int, wrt: int,
+    def __init__(self, name: str, forward: str, backward: str, *, outputs: int, tensors: int, wrt: int,
                  reference: Callable, fold_fwd: Callable, fold_bwd: Callable,
                  kept: int = 0) -> None:  # fmt: skip
         fwd, bwd = overloads(forward), overloads(backward)
         self._op = fwd
         # The same, less a Python frame; Dynamo cannot trace it.
         self._kernel = {impl: op._op for impl, op in fwd.items()}
-        build = (forward, outputs - kept, kept, tensors, wrt, reference, fold_fwd, fold_bwd)
+        build = (name, outputs - kept, kept, tensors, wrt, reference, fold_fwd, fold_bwd)
         by_impl = {impl: _functions(fwd[impl], bwd[impl], *build) for impl in (None, *IMPLS)}
         self._eager = {impl: f[0] for impl, f in by_impl.items()}
         self._traced = {impl: f[1] for impl, f in by_impl.items()}
         self._transformed = {impl: f[2] for impl, f in by_impl.items()}
-        self._name, self._wrt = forward, wrt
+        self._name, self._wrt = name, wrt
 
     def __call__(self, impl: str | None, options: tuple, *tensors: Tensor | None) -> Any:
         wants_gradient = False

@@ -87,8 +87,8 @@ def _fold_bwd(info, in_dims, tensors, options, call):
     return call((kind, scale, per_example(reduction), batch_ndim + 1), grad, pred, *others)
 
 
-_elementwise = Differentiable("recon_fwd", "recon_bwd", outputs=1, tensors=3, wrt=1, reference=ref.recon_bwd,
-                              fold_fwd=_fold_fwd, fold_bwd=_fold_bwd)  # fmt: skip
+_elementwise = Differentiable("recon_loss", "recon_fwd", "recon_bwd", outputs=1, tensors=3, wrt=1,
+                              reference=ref.recon_bwd, fold_fwd=_fold_fwd, fold_bwd=_fold_bwd)  # fmt: skip
 
 
 def _fold_rows(info, in_dims, tensors):
@@ -111,9 +111,9 @@ def _fold_multinomial_bwd(info, in_dims, tensors, options, call):
     return gradient.unflatten(0, (info.batch_size, -1))
 
 
-_multinomial = Differentiable("multinomial_fwd", "multinomial_bwd", outputs=3, kept=2, tensors=3, wrt=1,
-                              reference=ref.multinomial_bwd_of_inputs, fold_fwd=_fold_multinomial_fwd,
-                              fold_bwd=_fold_multinomial_bwd)  # fmt: skip
+_multinomial = Differentiable("recon_loss", "multinomial_fwd", "multinomial_bwd", outputs=3, kept=2,
+                              tensors=3, wrt=1, reference=ref.multinomial_bwd_of_inputs,
+                              fold_fwd=_fold_multinomial_fwd, fold_bwd=_fold_multinomial_bwd)  # fmt: skip
 
 
 def recon_loss(pred: Tensor, target: Tensor, kind: str, *, reduction: str = "batchmean", batch_ndim: int = 1,

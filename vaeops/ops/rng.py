@@ -153,11 +153,12 @@ def advance(seed: Tensor, elements: int | Tensor) -> Tensor:
 
     Args:
         seed: int64 [..., 2].
-        elements: a multiple of 4 (one Philox block makes 4 normals); int, or int64 tensor on the seed's
-            device, whose value is not checked, since that would synchronise.
+        elements: a multiple of 4 (one Philox block makes 4 normals); int in [-2^65, 2^65), or int64 tensor
+            on the seed's device, whose value is not checked, since that would synchronise.
 
     Raises:
-        ValueError: elements is no multiple of 4. Give each row its own stream then: a batched seed [B, 2].
+        ValueError: elements is out of range, or no multiple of 4. Give each row its own stream then: a seed
+            [B, 2].
     """
     check_seed("advance", seed)
     if isinstance(elements, Tensor):
@@ -173,6 +174,8 @@ def advance(seed: Tensor, elements: int | Tensor) -> Tensor:
             f"advance: elements must be a multiple of 4, got {elements}; "
             "give each row its own stream (a seed [B, 2]) instead"
         )
+    elif not -(2**65) <= elements < 2**65:
+        raise ValueError(f"advance: elements must be in [-2^65, 2^65), got {elements}")
     else:
         blocks = elements // 4
     return torch.stack(torch.broadcast_tensors(seed[..., 0], seed[..., 1] + blocks), dim=-1)

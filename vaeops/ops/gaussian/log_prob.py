@@ -46,8 +46,8 @@ def _fold_bwd(info, in_dims, tensors, options, call):
     return call((param, per_example(reduction), batch_ndim + 1), grad, x, mu, rho)
 
 
-_log_prob = Differentiable("gaussian_log_prob_fwd", "gaussian_log_prob_bwd", outputs=1, tensors=3,
-                           wrt=3, reference=ref.log_prob_bwd,
+_log_prob = Differentiable("gaussian_log_prob", "gaussian_log_prob_fwd", "gaussian_log_prob_bwd", outputs=1,
+                           tensors=3, wrt=3, reference=ref.log_prob_bwd,
                            fold_fwd=_fold_fwd, fold_bwd=_fold_bwd)  # fmt: skip
 
 

@@ -139,8 +139,8 @@ def _example_shape(t: Tensor, dim: int | None) -> torch.Size:
     return t.shape if dim is None else t.movedim(dim, 0).shape[1:]
 
 
-_step = Differentiable("gaussian_fwd", "gaussian_bwd", outputs=2, tensors=6, wrt=4,
-                       reference=ref.gaussian_bwd, fold_fwd=_fold_fwd, fold_bwd=_fold_bwd)  # fmt: skip
+_step = Differentiable("reparam_kl (or a part of it)", "gaussian_fwd", "gaussian_bwd", outputs=2, tensors=6,
+                       wrt=4, reference=ref.gaussian_bwd, fold_fwd=_fold_fwd, fold_bwd=_fold_bwd)  # fmt: skip
 
 
 def reparam_kl(mu: Tensor, logvar: Tensor, *, prior: tuple[Tensor, Tensor] | None = None,

@@ -52,8 +52,9 @@ def _fold_bwd(info, in_dims, tensors, options, call):
     return tuple(g.unflatten(0, (info.batch_size, -1)) for g in grads)
 
 
-DISTANCE = Differentiable("feature_distance_fwd", "feature_distance_bwd", outputs=1, tensors=3, wrt=2,
-                          reference=ref.distance_bwd, fold_fwd=_fold_fwd, fold_bwd=_fold_bwd)  # fmt: skip
+DISTANCE = Differentiable("feature_distance", "feature_distance_fwd", "feature_distance_bwd", outputs=1,
+                          tensors=3, wrt=2, reference=ref.distance_bwd,
+                          fold_fwd=_fold_fwd, fold_bwd=_fold_bwd)  # fmt: skip
 
 
 def reduced(values: Tensor, reduction: int) -> Tensor:
