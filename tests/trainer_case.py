@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from vaeops.models import MLPVAE
 from vaeops.models.protocol import Terms
@@ -95,6 +97,7 @@ def kill_trials(trials, first_seed, path):
     config = {"steps": 40, "checkpoint_every": 5, "keep": 2, "ema": 0.9, "clip": 1.0, "amp": "bf16"}
 
     def child(out, model):
+        tqdm.set_lock(threading.RLock())  # its own is of all forks: one that is killed may never let go of it
         checkpoints = checkpoint.found(Path(out) / "checkpoints")
         if not checkpoints:
             shutil.rmtree(out, ignore_errors=True)
