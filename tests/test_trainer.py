@@ -539,8 +539,11 @@ def test_a_perceptual_loss_from_a_file(tmp_path):
     assert record["loss"] == pytest.approx(
         record["recon"] + record["kl"] + 0.5 * record["perceptual"], rel=1e-5
     )
-    with pytest.raises(ValueError, match="takes no 'trunk'"):
-        loop.train(make("vae-mlp", **{**options, "weights": {}}), dataset=loop.data.Dataset("noise", x))
+
+
+def test_a_vgg_for_a_model_that_has_no_use_for_it(tmp_path):
+    with pytest.raises(ValueError, match=r"^vgg: vae-mlp has no perceptual loss"):
+        loop.train(make("vae-mlp", vgg="vgg16.pth", steps=1, out=str(tmp_path / "run")))
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from torch import nn
 
 from .. import models
 from .._names import unknown
+from ..models.presets import PRESETS
 from ..nn import KLSchedule, VGGTrunk
 from . import data, machine
 from .config import Config
@@ -66,6 +67,8 @@ def _model(config: Config) -> Any:
     """The preset's model, with weights that follow from the seed."""
     arguments = dict(config.model)
     if config.vgg is not None:
+        if "trunk" not in inspect.signature(PRESETS[config.preset]).parameters:
+            raise ValueError(f"vgg: {config.preset} has no perceptual loss that would use it")
         arguments["trunk"] = VGGTrunk.from_file(config.vgg, "vgg16", input_range=(-1.0, 1.0))
     machine.seed_all(config.seed)
     ops = "fused" if config.ops.startswith("fused") else "ref"
