@@ -364,7 +364,9 @@ def test_double_backward_of_a_penalty():
 
 def test_recompiles_are_few():
     """Batch sizes, temperatures given as floats and annealed weights make at most two compilations."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
     f = torch.compile(lambda m, v, beta: vaeops.reparam_kl(m, v)[1] * beta, backend=counter, fullgraph=True)
     for step in range(20):
         mu, logvar = inputs((5 + step, 8))

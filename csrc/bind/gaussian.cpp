@@ -1,5 +1,7 @@
 // Torch glue of the Gaussian family. Schemas, meaning and argument checks of the public functions:
 // vaeops/ops/gaussian/.
+#include <algorithm>
+
 #if defined(VAEOPS_CUDA)
 #include "bind/cuda.h"
 #else
@@ -28,9 +30,15 @@ struct Moments {
   }
   static Tensor half(const Tensor& q, int64_t dim, int64_t which) {
     STD_TORCH_CHECK(dim >= 0 && dim < q.dim() && q.size(dim) % 2 == 0, "moments: packed_dim must have an even size");
-    Tensor whole = q;
-    const int64_t size = q.size(dim) / 2;
-    return torch::stable::narrow(whole, dim, which * size, size);
+    STD_TORCH_CHECK(q.dim() <= kMaxRank, "at most ", kMaxRank, " dims are supported, got ", q.dim());
+    int64_t sizes[kMaxRank];
+    std::copy_n(q.sizes().data(), q.dim(), sizes);
+    sizes[dim] /= 2;
+    // A view; torch::stable::narrow would look its operator up by name. The offset counts from q's own.
+    AtenTensorHandle out = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(q.get(), q.dim(), sizes, q.strides().data(),
+                                                                 which * sizes[dim] * q.stride(dim), &out));
+    return Tensor(out);
   }
 };
 
