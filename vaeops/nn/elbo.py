@@ -34,6 +34,9 @@ class ELBOLoss(nn.Module):
         reduction: "batchmean" -> losses [], or "sample" -> [*B], for the plain KL alone.
         scale, batch_ndim, impl: as in `vaeops.recon_loss`. param: what `logvar` is, as in
             `vaeops.reparam_kl`.
+
+    Raises:
+        TypeError, ValueError: naming the option, when the module is made; or as the ops that it calls.
     """
 
     def __init__(self, kind: str, *, beta: float | KLSchedule = 1.0, free_bits: float = 0.0,
